@@ -1,0 +1,1 @@
+"""Facts that scheduler, workers and client agree on: specs, lifecycle, store, messages, errors."""

@@ -1,0 +1,265 @@
+"""What the parts say to one another: the hint on the broker, and the rank protocol.
+
+**Hint** (scheduler -> Celery worker): a doorbell. Lost, late or doubled it does no harm, because
+the worker claims the attempt in Postgres before it does anything.
+
+**Rank protocol** (worker <-> rank or engine process): newline-delimited JSON over one socket pair.
+The worker opens with one *assignment*; the process answers with *reports*; the worker may send
+*orders* at any time. A rank never sees the database or the broker. EOF on the socket means that the
+other side is gone: a rank then exits, a worker classifies the attempt's end.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from shared.lifecycle import FailureClass
+from shared.specs import InferSpec, TrainSpec
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+# --- broker -----------------------------------------------------------------------------------
+
+
+class Hint(Message):
+    """One per rank of an attempt. Says where to look, never what to do."""
+
+    job_id: str
+    attempt_id: str
+    token: int
+    rank: int
+
+    @property
+    def task_id(self) -> str:
+        """The Celery task id: the same for every repeat of this hint."""
+        return f"{self.attempt_id}.{self.rank}"
+
+
+RUN_TASK = "gpuyard.run"
+"""The one Celery task."""
+
+
+# --- worker -> rank / engine ------------------------------------------------------------------
+
+
+class DeviceHandle(Message):
+    """The device a rank computes on. ``kind`` is what torch is told: simulated ones are 'cpu'."""
+
+    id: str
+    kind: Literal["cpu", "cuda"]
+    uuid: str | None = None
+    memory_bytes: int
+    threads: int = 1
+    bf16: bool = False
+
+
+class FileDigest(Message):
+    size: int
+    sha256: str
+
+
+class CheckpointRef(Message):
+    """A committed checkpoint: a folder, and the size and SHA-256 of each file in it."""
+
+    id: str
+    step: int
+    path: str
+    manifest: dict[str, FileDigest]
+
+
+class TrainAssignment(Message):
+    """One rank of one attempt at a training job. Paths are absolute and already checked."""
+
+    type: Literal["train"] = "train"
+    job_id: str
+    attempt_id: str
+    attempt: int
+    token: int
+    rank: int
+    world_size: int
+    device: DeviceHandle
+    spec: TrainSpec
+    model_path: str
+    train_path: str
+    validation_path: str | None
+    work_dir: str
+    """This attempt's own folder, made by the worker: checkpoints in ``checkpoints/``, deliverables in
+    ``artifacts/``. No other attempt writes there, so a stale one can spoil nothing."""
+    resume_from: tuple[CheckpointRef, ...] = ()
+    """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
+
+
+class InferAssignment(Message):
+    """An attempt at an inference job, handed to the device's warm engine process."""
+
+    type: Literal["infer"] = "infer"
+    job_id: str
+    attempt_id: str
+    attempt: int
+    token: int
+    device: DeviceHandle
+    spec: InferSpec
+    model_path: str
+    input_path: str
+
+
+class Shard(Message):
+    """Rows ``first_row .. first_row + rows`` of the input: ``length`` bytes from ``offset``."""
+
+    index: int
+    first_row: int
+    rows: int
+    offset: int
+    length: int
+
+
+class ComputeShards(Message):
+    """Order: compute these shards of the attempt, in this order, one report for each."""
+
+    type: Literal["compute"] = "compute"
+    attempt_id: str
+    shards: tuple[Shard, ...]
+
+
+class JoinRendezvous(Message):
+    """Order: all ranks are claimed; rank 0 listens at ``address`` (host:port)."""
+
+    type: Literal["join"] = "join"
+    address: str
+
+
+class Stop(Message):
+    """Order: end now. What is committed stays; nothing further will be accepted."""
+
+    type: Literal["stop"] = "stop"
+    reason: str
+
+
+Order = Annotated[ComputeShards | JoinRendezvous | Stop, Field(discriminator="type")]
+Assignment = Annotated[TrainAssignment | InferAssignment, Field(discriminator="type")]
+ToRank: TypeAdapter[
+    TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop
+] = TypeAdapter(
+    Annotated[
+        TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop,
+        Field(discriminator="type"),
+    ]
+)
+
+
+# --- rank / engine -> worker ------------------------------------------------------------------
+
+
+class Listening(Message):
+    """Rank 0 opened the rendezvous store and listens on ``port`` (all other ranks join there)."""
+
+    type: Literal["listening"] = "listening"
+    port: int
+
+
+class Ready(Message):
+    """The model is loaded. ``seconds`` it took; 0 where an engine had it warm."""
+
+    type: Literal["ready"] = "ready"
+    seconds: float
+    warm: bool = False
+
+
+class Progress(Message):
+    """Where the work stands, for people: at most a few a second."""
+
+    type: Literal["progress"] = "progress"
+    step: int
+    total_steps: int
+    epoch: float = 0.0
+    loss: float | None = None
+    learning_rate: float | None = None
+    examples_per_second: float | None = None
+    tokens_per_second: float | None = None
+
+
+class Metric(Message):
+    """Values of one split at one step, kept for good: ``{"loss": ..., "accuracy": ...}``."""
+
+    type: Literal["metric"] = "metric"
+    split: Literal["train", "validation"]
+    step: int
+    values: dict[str, float]
+
+
+class CheckpointWritten(Message):
+    """A checkpoint is complete, synced and renamed into place; the worker now commits its row."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+    manifest: dict[str, FileDigest]
+
+
+class ArtifactWritten(Message):
+    """A deliverable is complete. ``name`` is relative, with `/` and without `..`."""
+
+    type: Literal["artifact"] = "artifact"
+    name: str
+    kind: Literal["model", "metrics", "report", "file"]
+    path: str
+    size: int
+    sha256: str
+
+
+class Notice(Message):
+    """Something the user should know and that stops nothing (a damaged checkpoint was skipped)."""
+
+    type: Literal["notice"] = "notice"
+    code: str
+    message: str
+    data: dict[str, Any] = {}
+
+
+class ShardComputed(Message):
+    """A finished shard: one result a row, in input order (see ``shared/rows.py`` for the form)."""
+
+    type: Literal["shard"] = "shard"
+    attempt_id: str
+    index: int
+    results: tuple[dict[str, Any], ...]
+    seconds: float
+
+
+class Done(Message):
+    """The rank, or the attempt in the engine, has nothing left to do."""
+
+    type: Literal["done"] = "done"
+    attempt_id: str
+    summary: dict[str, Any] = {}
+
+
+class Failed(Message):
+    """The work cannot go on. ``failure_class`` decides with the retry policy what follows."""
+
+    type: Literal["failed"] = "failed"
+    attempt_id: str
+    failure_class: FailureClass
+    code: str
+    message: str
+    hint: str | None = None
+
+
+Report = (
+    Listening
+    | Ready
+    | Progress
+    | Metric
+    | CheckpointWritten
+    | ArtifactWritten
+    | Notice
+    | ShardComputed
+    | Done
+    | Failed
+)
+FromRank: TypeAdapter[Report] = TypeAdapter(Annotated[Report, Field(discriminator="type")])

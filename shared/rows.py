@@ -1,0 +1,92 @@
+"""The rows of a batch job: how the input is cut into shards, and the form of one result.
+
+Input is JSONL, one row a line; blank lines are no rows. A result is one object::
+
+    {"row": 17, "id": <the row's own "id", if it has one>,
+     "output": {...} | null,
+     "error": {"code", "message"} | null,
+     "usage": {"input_tokens": n, "output_tokens": m}}
+
+``output`` is ``{"text", "finish_reason"}`` ("stop" or "length") for text-generation and
+``{"label", "score", "labels": [{"label", "score"}, ...]}`` for text-classification.
+Exactly one of ``output`` and ``error`` is null.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from shared.messages import Shard
+
+MAX_LINE_BYTES = 8 * 1024 * 1024
+
+
+def cut_into_shards(path: Path, shard_rows: int) -> Iterator[Shard]:
+    """Cut a JSONL file into shards of ``shard_rows`` rows. Reads it once, a line at a time.
+
+    Only the line structure is looked at: a line that is no JSON is that row's error, later.
+    """
+    index = first = rows = start = offset = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                rows += 1
+            offset += len(line)
+            if rows == shard_rows:
+                yield Shard(
+                    index=index, first_row=first, rows=rows, offset=start, length=offset - start
+                )
+                index, first, rows, start = index + 1, first + rows, 0, offset
+    if rows:
+        yield Shard(index=index, first_row=first, rows=rows, offset=start, length=offset - start)
+
+
+def read_lines(path: Path, shard: Shard) -> list[tuple[int, bytes]]:
+    """The raw rows of a shard as (row number, line without its end)."""
+    with path.open("rb") as file:
+        file.seek(shard.offset)
+        data = file.read(shard.length)
+    lines = [line.strip() for line in data.split(b"\n") if line.strip()]
+    if len(lines) != shard.rows:
+        raise ValueError(
+            f"shard {shard.index} of {path.name} has {len(lines)} rows and had {shard.rows} when the "
+            "job was submitted: the input file was changed"
+        )
+    return [(shard.first_row + i, line) for i, line in enumerate(lines)]
+
+
+def result(
+    row: int,
+    *,
+    id: Any = None,
+    output: dict[str, Any] | None = None,
+    input_tokens: int = 0,
+    output_tokens: int = 0,
+) -> dict[str, Any]:
+    usage = {"input_tokens": input_tokens, "output_tokens": output_tokens}
+    return {"row": row, "id": id, "output": output, "error": None, "usage": usage}
+
+
+def row_error(row: int, code: str, message: str, *, id: Any = None) -> dict[str, Any]:
+    return {
+        "row": row,
+        "id": id,
+        "output": None,
+        "error": {"code": code, "message": message},
+        "usage": {"input_tokens": 0, "output_tokens": 0},
+    }
+
+
+def pack_results(results: Iterable[dict[str, Any]]) -> bytes:
+    """Results of a shard as the store keeps them: gzipped JSONL, the same bytes for the same rows."""
+    lines = "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in results)
+    return gzip.compress(lines.encode(), compresslevel=5, mtime=0)
+
+
+def unpack_results(data: bytes) -> bytes:
+    """The JSONL of a packed shard."""
+    return gzip.decompress(data)

@@ -1,0 +1,262 @@
+"""What a user asks for: job specs as data, never code.
+
+A spec is validated whole before anything is stored; unknown fields are refused, so that a typo
+never becomes a silent default. Everything here is pure: whether a model or a file exists is
+checked by ``scheduler/submission``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from shared.errors import InvalidSpec
+
+
+class Strict(BaseModel):
+    """Refuses unknown fields and never turns a string into a number by itself."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Accelerator = Literal["auto", "cpu", "cuda"]
+Feature = Literal["bf16", "fp8"]
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class Resources(Strict):
+    """What a job *needs*; placement takes the least capable devices that have it.
+
+    Left empty, ``memory_gb`` comes from the footprint estimate of the model.
+    """
+
+    devices: int = Field(1, ge=1, le=1024, description="World size: one rank per device.")
+    accelerator: Accelerator = Field(
+        "auto", description="auto: CUDA devices where the fleet has any that fit, else CPU slots."
+    )
+    memory_gb: float | None = Field(None, gt=0, le=10_000, description="Memory per device, GiB.")
+    min_compute_capability: float | None = Field(
+        None, ge=1.0, le=99.0, description="For instance 8.0 for Ampere and newer."
+    )
+    features: tuple[Feature, ...] = Field((), description="What the device must support.")
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if self.accelerator == "cpu" and self.min_compute_capability is not None:
+            raise ValueError("accelerator 'cpu' has no compute capability: drop one of the two")
+        return self
+
+
+class Retry(Strict):
+    """How often a job is tried again after failures that are not the user's."""
+
+    max_attempts: int = Field(4, ge=1, le=100)
+    backoff_seconds: float = Field(2.0, ge=0, le=3600, description="Doubles with every failure.")
+
+
+class _Job(Strict):
+    name: str | None = Field(None, max_length=200, description="A label of your own.")
+    model: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="A model folder below the service's model roots (by name or absolute path), "
+        "`job:<id>` for the model that a training job made, or a hub id where the hub is enabled.",
+        examples=["minilm", "job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM"],
+    )
+    resources: Resources = Resources()
+    priority: int = Field(0, ge=-100, le=100, description="Higher goes first; equal: older first.")
+    retry: Retry = Retry()
+    timeout_seconds: float | None = Field(
+        None, gt=0, description="Time limit for one attempt; none by default."
+    )
+    fail_fast: bool = Field(
+        False, description="Refuse at submission what the fleet of this moment cannot run."
+    )
+
+
+class TextColumns(Strict):
+    text: str = "text"
+    label: str = "label"
+
+
+class TrainData(Strict):
+    """Labelled JSONL: one object a line. A reference is `file_…` (uploaded) or a path."""
+
+    train: str = Field(min_length=1, max_length=4096)
+    validation: str | None = Field(None, min_length=1, max_length=4096)
+    validation_split: float | None = Field(None, gt=0, lt=1)
+    columns: TextColumns = TextColumns()
+
+    @model_validator(mode="after")
+    def _one_validation_source(self) -> Self:
+        if self.validation is not None and self.validation_split is not None:
+            raise ValueError("validation and validation_split exclude each other: keep one")
+        return self
+
+
+class Hyperparameters(Strict):
+    """Named as in PyTorch and Transformers. ``batch_size`` is the global batch, over all ranks."""
+
+    epochs: int = Field(3, ge=1, le=100_000)
+    max_steps: int | None = Field(None, ge=1, description="Ends training early, whatever epochs.")
+    batch_size: int = Field(32, ge=1, le=1_000_000)
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Examples a rank holds at once; the rest is accumulated."
+    )
+    learning_rate: float = Field(5e-5, gt=0, le=10)
+    weight_decay: float = Field(0.01, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    warmup_ratio: float | None = Field(None, ge=0, lt=1)
+    warmup_steps: int | None = Field(None, ge=0)
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    dropout: float | None = Field(None, ge=0, lt=1, description="Overrides the model's own.")
+    freeze: tuple[str, ...] = Field((), description="Parameter name patterns (fnmatch) to freeze.")
+    max_length: int | None = Field(None, ge=4, le=1_000_000, description="Tokens; longer is cut.")
+    precision: Precision = "auto"
+    seed: int = Field(42, ge=0, lt=2**63)
+    eval_every_steps: int | None = Field(None, ge=1, description="Default: once an epoch.")
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("warmup_ratio and warmup_steps exclude each other: keep one")
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ValueError("micro_batch_size is larger than batch_size (the global batch)")
+        if self.max_steps is not None and (self.warmup_steps or 0) >= self.max_steps:
+            raise ValueError("warmup_steps must be below max_steps: training would end in warm-up")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must lie in [0, 1)")
+        return self
+
+
+class Checkpointing(Strict):
+    every_steps: int | None = Field(None, ge=1)
+    every_seconds: float | None = Field(600, gt=0)
+    keep: int = Field(2, ge=1, le=100, description="How many of the newest are kept.")
+
+
+class TrainSpec(_Job):
+    """Fine-tune a model on labelled text with DDP over ``resources.devices`` ranks."""
+
+    kind: Literal["train"] = "train"
+    task: Literal["text-classification"]
+    method: Literal["full"] = "full"
+    data: TrainData
+    hyperparameters: Hyperparameters = Hyperparameters()
+    checkpoint: Checkpointing = Checkpointing()
+
+    @model_validator(mode="after")
+    def _batch_splits_over_ranks(self) -> Self:
+        batch, ranks = self.hyperparameters.batch_size, self.resources.devices
+        if batch % ranks:
+            raise ValueError(
+                f"hyperparameters.batch_size {batch} is the global batch and does not divide "
+                f"evenly over resources.devices {ranks}"
+            )
+        if self.hyperparameters.precision == "fp32" and "bf16" in self.resources.features:
+            raise ValueError("precision 'fp32' and the required feature 'bf16' contradict")
+        return self
+
+
+class Generation(Strict):
+    """Sampling options; ``temperature`` 0 is greedy."""
+
+    max_new_tokens: int = Field(128, ge=1, le=1_000_000)
+    temperature: float = Field(0.0, ge=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    stop: tuple[str, ...] = Field((), max_length=16, description="Text that ends a generation.")
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
+            raise ValueError(
+                "top_p and top_k choose among samples and temperature 0 is greedy: "
+                "set a temperature above 0 or drop them"
+            )
+        if any(not text for text in self.stop):
+            raise ValueError("an empty stop string would end every generation at once")
+        return self
+
+
+class InferSpec(_Job):
+    """Run a model over the rows of a JSONL file (or inline rows) and keep every answer."""
+
+    kind: Literal["infer"] = "infer"
+    task: Literal["text-generation", "text-classification"]
+    input: str | None = Field(
+        None, min_length=1, max_length=4096, description="`file_…` (uploaded) or a path to JSONL."
+    )
+    rows: tuple[dict[str, Any], ...] | None = Field(None, min_length=1, max_length=10_000)
+    text_column: str | None = Field(
+        None, description="Where the text is. Default: `prompt` or `messages`, and `text`."
+    )
+    generation: Generation | None = None
+    top_k_labels: int = Field(1, ge=1, le=1000, description="Labels returned a row, best first.")
+    batch_size: int = Field(16, ge=1, le=4096, description="Rows computed together, at most.")
+    shard_rows: int = Field(64, ge=1, le=100_000, description="Rows committed together.")
+    max_length: int | None = Field(None, ge=4, description="Tokens of input a row may have.")
+    too_long: Literal["error", "truncate"] = "error"
+    max_errors: int | None = Field(
+        None, ge=0, description="Fails the job when more rows than this fail; none: never."
+    )
+    precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if (self.input is None) == (self.rows is None):
+            raise ValueError("give exactly one of input (a file) and rows (inline)")
+        if self.generation is not None and self.task != "text-generation":
+            raise ValueError(f"generation options do not apply to task '{self.task}'")
+        if self.resources.devices != 1:
+            raise ValueError("an inference job runs on one device: resources.devices must be 1")
+        return self
+
+    @property
+    def sampling(self) -> Generation:
+        return self.generation or Generation()
+
+
+JobSpec = Annotated[TrainSpec | InferSpec, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[TrainSpec | InferSpec] = TypeAdapter(JobSpec)
+
+
+def parse_spec(data: Any) -> TrainSpec | InferSpec:
+    """Validate a spec.
+
+    Raises:
+        InvalidSpec: names the field (``param``), what is wrong with it and what is allowed.
+    """
+    try:
+        return _ADAPTER.validate_python(data)
+    except ValidationError as error:
+        raise _first_problem(error) from None
+
+
+def _first_problem(error: ValidationError) -> InvalidSpec:
+    problems = error.errors(include_url=False)
+    first = problems[0]
+    where = [str(part) for part in first["loc"] if part not in ("train", "infer")]
+    # `data.train` is a field as well as a tag of the union: keep it where it is one.
+    if len(first["loc"]) > 1 and first["loc"][0] in ("train", "infer"):
+        where = [str(part) for part in first["loc"][1:]]
+    param = ".".join(where) or None
+    message = first["msg"].removeprefix("Value error, ")
+    hint = None
+    if first["type"] == "extra_forbidden":
+        message, hint = f"unknown field '{param}'", "Check the spelling; see /docs for the fields."
+    elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        param, message = "kind", "kind must be 'train' or 'infer'"
+    elif first["type"] == "literal_error":
+        message = f"{param} must be {first['ctx']['expected']}, not {first['input']!r}"
+    elif param is not None and first["type"] != "value_error":
+        message = f"{param}: {message}"
+    if len(problems) > 1:
+        rest = sorted({".".join(map(str, p["loc"][1:])) or "spec" for p in problems[1:]})
+        hint = f"{hint or ''} Also wrong: {', '.join(rest)}.".strip()
+    return InvalidSpec(message, param=param, hint=hint)

@@ -1,0 +1,1 @@
+"""The doing side: Celery workers, leases, supervision of rank processes, and the torch code in ``ranks``."""
