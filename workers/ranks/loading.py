@@ -1,9 +1,9 @@
 """Opens model folders that somebody else wrote, safely.
 
-A folder is data: no code of its own runs, no pickle is opened, nothing outside it is read, nothing is
-fetched. Transformers alone does not promise all of that: it follows an index to ``../other.safetensors``,
-an ``adapter_config.json`` to another model, opens the pickled metadata of distributed checkpoints, and
-silently makes up tensors that are missing. So the folder is inspected first and what was loaded after.
+A folder is data: no code of its own runs, no pickle is opened, nothing outside it is read, nothing
+is fetched. Transformers alone does not promise all of that: it follows an index to
+``../other.safetensors``, an ``adapter_config.json`` to another model, and silently makes up tensors
+that are missing. So the folder is inspected first, and afterwards what was loaded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LoadError(Exception):
     """A model folder that cannot be used. ``code`` is stable, ``hint`` says what to do.
 
     Codes: ``model_not_found``, ``model_unsafe`` (reaches outside itself or needs code or pickle),
-    ``model_damaged`` (truncated, or tensors are missing), ``model_unsuitable`` (sound, for another use).
+    ``model_damaged`` (truncated, tensors missing), ``model_unsuitable`` (sound, for another use).
     """
 
     def __init__(self, code: str, message: str, hint: str | None = None) -> None:
@@ -50,14 +50,14 @@ class LoadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A sequence classifier in ``eval`` mode on the CPU, and which parameters were not in its folder."""
+    """A sequence classifier in ``eval`` mode on the CPU, and the parameters its folder lacked."""
 
     model: PreTrainedModel
     fresh: tuple[str, ...]
 
     @property
     def fresh_head(self) -> bool:
-        """The classification head is newly initialised: its predictions mean nothing before training."""
+        """The classification head is newly initialised: untrained, its predictions mean nothing."""
         return bool(self.fresh)
 
 
@@ -140,7 +140,7 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
         raise LoadError(
             "model_unsuitable",
             f"the tokenizer of model folder '{folder.name}' cannot be loaded: {_first_line(error)}",
-            "Save model and tokenizer together: tokenizer.save_pretrained(folder) writes its files.",
+            "tokenizer.save_pretrained(folder) writes its files beside the model's.",
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise LoadError("model_unsuitable", f"model folder '{folder.name}' has no text tokenizer")
@@ -151,8 +151,8 @@ def inspect_folder(path: str | Path, *, weights: bool = True) -> Path:
     """Look a model folder over without loading anything; returns its resolved path.
 
     Raises:
-        LoadError: not a folder, no safetensors weights (where ``weights``), or something in it names
-            a file outside of it, another model, or code.
+        LoadError: not a folder, no safetensors weights (where ``weights``), or something in it
+            names a file outside of it, another model, or code.
     """
     given = Path(path)
     if not given.is_absolute() or not given.is_dir():
@@ -178,11 +178,11 @@ def inspect_folder(path: str | Path, *, weights: bool = True) -> Path:
 
 
 def _inspect_weights(folder: Path) -> None:
-    if (folder / ".metadata").exists():
+    if (folder / ".metadata").exists() or any(folder.glob("shard-*-model-*.safetensors")):
         raise LoadError(
-            "model_unsafe",
-            f"'{folder.name}' is a distributed checkpoint, whose metadata is a pickle",
-            "Save it with model.save_pretrained(folder).",
+            "model_unsuitable",
+            f"'{folder.name}' is a distributed checkpoint, not a model folder",
+            "Load it where it was made and save it with model.save_pretrained(folder).",
         )
     if (folder / WEIGHTS).is_file():
         return
@@ -191,8 +191,8 @@ def _inspect_weights(folder: Path) -> None:
         if pickles:
             raise LoadError(
                 "model_unsafe",
-                f"'{folder.name}' has its weights only as a pickle ({pickles[0]}), which can run code",
-                "Convert it once where you trust it: model.save_pretrained(folder) writes safetensors.",
+                f"'{folder.name}' has its weights only as a pickle ({pickles[0]}); pickles can run code",
+                "Convert it where you trust it: model.save_pretrained(folder) writes safetensors.",
             )
         raise LoadError(
             "model_not_found",
@@ -218,12 +218,12 @@ def _refuse_links_outside(folder: Path) -> None:
         if count >= _ENTRY_LIMIT:
             raise LoadError(
                 "model_unsuitable",
-                f"'{folder.name}' has over {_ENTRY_LIMIT} entries: no model folder",
+                f"'{folder.name}' has over {_ENTRY_LIMIT} entries: it is no model folder",
             )
         if entry.is_symlink() and not entry.resolve().is_relative_to(folder):
             raise LoadError(
                 "model_unsafe",
-                f"'{entry.relative_to(folder)}' in '{folder.name}' links to a place outside the folder",
+                f"'{entry.relative_to(folder)}' in '{folder.name}' links to a place outside it",
                 "Copy the folder with its links followed (cp -rL).",
             )
 
@@ -261,7 +261,7 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
 def _load_config(folder: Path) -> PreTrainedConfig:
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
     except Exception as error:
@@ -338,9 +338,8 @@ def _override_dropout(config: PreTrainedConfig, value: float) -> None:
         # LayerDrop skips whole layers: that is another thing.
         if "drop" not in name or "layerdrop" in name:
             continue
-        if name == "classifier_dropout" or (
-            isinstance(old, int | float) and not isinstance(old, bool)
-        ):
+        number = isinstance(old, int | float) and not isinstance(old, bool)
+        if number or name == "classifier_dropout":
             setattr(config, name, value)
 
 
@@ -356,14 +355,14 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without progress bars and load reports: what they say is checked here, and logs are for people."""
+    """Without progress bars and load reports: what they say is checked here, logs are for people."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
