@@ -81,6 +81,8 @@ class FailureClass(StrEnum):
     CANCELLED = "cancelled"
     DEADLINE = "deadline"
     INFRASTRUCTURE = "infrastructure"
+    UNCLAIMED = "unclaimed"
+    """No worker took it in time (the broker was down, the device vanished): it never started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,7 @@ JOB_TRANSITIONS: tuple[Transition[JobState], ...] = (
     Transition(_J.QUEUED, _J.CANCELLED, "cancel_job", "api", "the user cancelled it"),
     Transition(_J.QUEUED, _J.FAILED, "fail_queued_job", "scheduler", "it can never run"),
     Transition(_J.DISPATCHED, _J.RUNNING, "claim_rank", "worker", "the last rank was claimed"),
+    Transition(_J.DISPATCHED, _J.CANCELLED, "cancel_job", "api", "no rank was claimed yet"),
     Transition(_J.DISPATCHED, _J.CANCELLING, "cancel_job", "api", "the user cancelled it"),
     Transition(_J.DISPATCHED, _J.QUEUED, "end_attempt", "worker, scheduler", "it is tried again"),
     Transition(_J.DISPATCHED, _J.FAILED, "end_attempt", "worker, scheduler", "no retry is left"),
@@ -107,9 +110,16 @@ JOB_TRANSITIONS: tuple[Transition[JobState], ...] = (
     Transition(_J.RUNNING, _J.CANCELLING, "cancel_job", "api", "the user cancelled it"),
     Transition(_J.RUNNING, _J.QUEUED, "end_attempt", "worker, scheduler", "it is tried again"),
     Transition(_J.RUNNING, _J.FAILED, "end_attempt", "worker, scheduler", "no retry is left"),
-    Transition(_J.CANCELLING, _J.CANCELLED, "end_attempt", "worker, scheduler", "ranks are gone"),
+    Transition(_J.CANCELLING, _J.CANCELLED, "leave_attempt", "worker", "the last rank is gone"),
     Transition(
-        _J.CANCELLING, _J.SUCCEEDED, "finish_rank", "worker", "it had finished before the order came"
+        _J.CANCELLING, _J.CANCELLED, "end_attempt", "worker, scheduler", "its attempt ended"
+    ),
+    Transition(
+        _J.CANCELLING,
+        _J.SUCCEEDED,
+        "finish_rank",
+        "worker",
+        "it had finished before the order came",
     ),
 )
 
@@ -117,11 +127,12 @@ _A = AttemptState
 ATTEMPT_TRANSITIONS: tuple[Transition[AttemptState], ...] = (
     Transition(_A.DISPATCHED, _A.RUNNING, "claim_rank", "worker", "the last rank was claimed"),
     Transition(_A.DISPATCHED, _A.FAILED, "end_attempt", "worker", "a rank failed at its start"),
-    Transition(_A.DISPATCHED, _A.CANCELLED, "end_attempt", "worker, scheduler", "cancelled"),
+    Transition(_A.DISPATCHED, _A.CANCELLED, "cancel_job", "api", "no rank was claimed yet"),
+    Transition(_A.DISPATCHED, _A.CANCELLED, "leave_attempt", "worker", "cancelled, ranks are gone"),
     Transition(_A.DISPATCHED, _A.LOST, "end_attempt", "scheduler", "nobody claimed it in time"),
     Transition(_A.RUNNING, _A.SUCCEEDED, "finish_rank", "worker", "every rank succeeded"),
     Transition(_A.RUNNING, _A.FAILED, "end_attempt", "worker", "a rank failed"),
-    Transition(_A.RUNNING, _A.CANCELLED, "end_attempt", "worker, scheduler", "cancelled"),
+    Transition(_A.RUNNING, _A.CANCELLED, "leave_attempt", "worker", "cancelled, ranks are gone"),
     Transition(_A.RUNNING, _A.LOST, "end_attempt", "scheduler", "a lease ran out"),
 )
 

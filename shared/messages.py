@@ -142,13 +142,13 @@ class Stop(Message):
 
 Order = Annotated[ComputeShards | JoinRendezvous | Stop, Field(discriminator="type")]
 Assignment = Annotated[TrainAssignment | InferAssignment, Field(discriminator="type")]
-ToRank: TypeAdapter[
-    TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop
-] = TypeAdapter(
-    Annotated[
-        TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop,
-        Field(discriminator="type"),
-    ]
+ToRank: TypeAdapter[TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop] = (
+    TypeAdapter(
+        Annotated[
+            TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop,
+            Field(discriminator="type"),
+        ]
+    )
 )
 
 

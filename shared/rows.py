@@ -83,7 +83,9 @@ def row_error(row: int, code: str, message: str, *, id: Any = None) -> dict[str,
 
 def pack_results(results: Iterable[dict[str, Any]]) -> bytes:
     """Results of a shard as the store keeps them: gzipped JSONL, the same bytes for the same rows."""
-    lines = "".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in results)
+    lines = "".join(
+        json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in results
+    )
     return gzip.compress(lines.encode(), compresslevel=5, mtime=0)
 
 

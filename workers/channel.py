@@ -73,7 +73,9 @@ class Channel(Generic[T]):
         try:
             return self._incoming.validate_json(line)
         except ValidationError as error:
-            raise ProtocolError(f"{error.errors(include_url=False)[0]['msg']}: {line[:200]!r}") from None
+            raise ProtocolError(
+                f"{error.errors(include_url=False)[0]['msg']}: {line[:200]!r}"
+            ) from None
 
     def close(self) -> None:
         self._socket.close()

@@ -1,0 +1,52 @@
+"""What submission found out about a spec, kept beside it: paths that exist, needs in numbers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from shared.specs import Accelerator, Feature
+
+
+class Requirements(BaseModel):
+    """What each device of the job must have. The question that placement answers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    devices: int
+    accelerator: Accelerator
+    memory_bytes: int = 0
+    compute_capability: int = 0
+    """Times ten: 80 for sm80; 0 for any."""
+    features: tuple[Feature, ...] = ()
+    memory_is_estimate: bool = True
+    """Whether the footprint estimate gave ``memory_bytes``, not the user."""
+
+
+class ResolvedModel(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    source: Literal["folder", "job", "hub"]
+    path: str
+    """Absolute folder, or the id on the hub."""
+    label: str
+    """Short, for people: Flower shows it."""
+    parameters: int | None = None
+
+
+class ResolvedInput(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    path: str
+    size: int
+    rows: int | None = None
+
+
+class Resolved(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    model: ResolvedModel
+    requirements: Requirements
+    inputs: dict[str, ResolvedInput]
+    """``train`` and ``validation``, or ``input``."""

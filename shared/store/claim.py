@@ -1,0 +1,210 @@
+"""Step 4: a worker takes a rank. Compare-and-set in Postgres; the hint alone means nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import case, update
+from sqlmodel import Session, col, select
+
+from shared.capability import device_queue
+from shared.lifecycle import AttemptState, JobState, LeaseState
+from shared.messages import Hint
+from shared.store.dispatch import drop_hints
+from shared.store.engine import WAKE_ATTEMPT, after, db_now, wake
+from shared.store.guard import Holder, held, lock_job, move_attempt, move_job, tell
+from shared.tables import Attempt, Checkpoint, Device, Job, Lease, Outbox, Worker
+
+
+class Refusal(StrEnum):
+    """Why a hint leads to nothing. None of them is an error."""
+
+    STALE = "stale"
+    """The attempt is over, or another one is newer."""
+    CLAIMED = "claimed"
+    """Somebody has the rank already."""
+    CANCELLED = "cancelled"
+    NOT_SERVING = "not_serving"
+    """This worker process is not the one its device is registered to, or it drains."""
+    DEVICE_BUSY = "device_busy"
+    """The device is reserved for a rank that only it can run; the hint is due again at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedCheckpoint:
+    id: str
+    step: int
+    path: str
+    """Relative to the data folder."""
+    manifest: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """Everything a worker needs to run its rank."""
+
+    holder: Holder
+    kind: str
+    attempt_number: int
+    world_size: int
+    spec: dict[str, Any]
+    resolved: dict[str, Any]
+    checkpoints: tuple[CommittedCheckpoint, ...]
+    """Newest first, by step and then by attempt."""
+
+
+def claim_rank(
+    session: Session, hint: Hint, device_id: str, worker_id: str, lease_ttl: float
+) -> Claimed | Refusal:
+    """reserved -> held. With the last rank of the attempt: dispatched -> running, job and attempt.
+
+    A hint of a class queue may reach another device of the class than the one reserved: the
+    reservation then moves to the claiming device, or changes places with the claiming device's own.
+    """
+    job = lock_job(session, hint.job_id)
+    attempt = session.get(Attempt, hint.attempt_id, populate_existing=True)
+    lease = session.get(Lease, (hint.attempt_id, hint.rank), populate_existing=True)
+    if job is None or attempt is None or lease is None or job.token != hint.token:
+        return Refusal.STALE
+    if job.state in (JobState.CANCELLING, JobState.CANCELLED):
+        return Refusal.CANCELLED
+    if AttemptState(attempt.state).terminal or lease.state == LeaseState.RELEASED:
+        return Refusal.STALE
+    if lease.state == LeaseState.HELD:
+        return Refusal.CLAIMED
+    device = session.get(Device, device_id, populate_existing=True)
+    if device is None or device.worker_id != worker_id or device.state != "up":
+        return Refusal.NOT_SERVING
+    if lease.device_id != device_id and not _move_reservation(session, lease, device_id):
+        session.execute(
+            update(Outbox)
+            .where(col(Outbox.attempt_id) == hint.attempt_id, col(Outbox.rank) == hint.rank)
+            .values(due_at=after(1.0))
+        )
+        return Refusal.DEVICE_BUSY
+    session.refresh(lease)
+    lease.state = LeaseState.HELD
+    lease.worker_id = worker_id
+    lease.claimed_at = db_now()  # type: ignore[assignment]
+    lease.expires_at = after(lease_ttl)  # type: ignore[assignment]
+    drop_hints(session, attempt.id, hint.rank)
+    session.flush()
+    tell(
+        session, job, "claimed", f"{device_id} took rank {hint.rank}",
+        attempt=attempt.number, rank=hint.rank, device=device_id,
+    )  # fmt: skip
+    if not _ranks(session, attempt.id, LeaseState.RESERVED):
+        _start(session, job, attempt)
+    return Claimed(
+        holder=Holder(job.id, attempt.id, attempt.token, hint.rank, worker_id),
+        kind=job.kind,
+        attempt_number=attempt.number,
+        world_size=attempt.world_size,
+        spec=job.spec,
+        resolved=job.resolved,
+        checkpoints=_checkpoints(session, job.id),
+    )
+
+
+def _start(session: Session, job: Job, attempt: Attempt) -> None:
+    move_attempt(attempt, AttemptState.RUNNING)
+    attempt.started_at = db_now()  # type: ignore[assignment]
+    move_job(job, JobState.RUNNING)
+    if job.started_at is None:
+        job.started_at = db_now()  # type: ignore[assignment]
+    tell(session, job, "running", f"attempt {attempt.number} runs", attempt=attempt.number)
+    wake(session, WAKE_ATTEMPT, attempt.id)
+
+
+def _move_reservation(session: Session, lease: Lease, device_id: str) -> bool:
+    other = session.exec(
+        select(Lease)
+        .where(Lease.device_id == device_id, Lease.state != LeaseState.RELEASED)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).first()
+    if other is None:
+        session.execute(
+            update(Lease)
+            .where(col(Lease.attempt_id) == lease.attempt_id, col(Lease.rank) == lease.rank)
+            .values(device_id=device_id)
+        )
+        return True
+    hint = session.get(Outbox, (other.attempt_id, other.rank))
+    targeted = hint is None or hint.queue == device_queue(device_id)
+    if other.state != LeaseState.RESERVED or targeted:
+        return False
+    # One statement: the exclusion constraint is checked when it ends, not between its rows.
+    session.execute(
+        update(Lease)
+        .where(
+            col(Lease.device_id).in_([lease.device_id, device_id]),
+            col(Lease.state) == LeaseState.RESERVED,
+        )
+        .values(
+            device_id=case((col(Lease.device_id) == device_id, lease.device_id), else_=device_id)
+        )
+        .execution_options(synchronize_session=False)
+    )
+    return True
+
+
+def _ranks(session: Session, attempt_id: str, state: LeaseState) -> list[int]:
+    rows = select(Lease.rank).where(Lease.attempt_id == attempt_id, Lease.state == state)
+    return list(session.exec(rows).all())
+
+
+def _checkpoints(session: Session, job_id: str) -> tuple[CommittedCheckpoint, ...]:
+    rows = session.exec(
+        select(Checkpoint)
+        .where(Checkpoint.job_id == job_id)
+        .order_by(col(Checkpoint.step).desc(), col(Checkpoint.token).desc())
+        .limit(10)
+    ).all()
+    return tuple(CommittedCheckpoint(c.id, c.step, c.path, c.manifest) for c in rows)
+
+
+class Answer(StrEnum):
+    """What a renewal is answered with."""
+
+    GO_ON = "go_on"
+    CANCEL = "cancel"
+    """The user cancelled the job: end the ranks, then ``leave_attempt``."""
+    STOP = "stop"
+    """Stale: the attempt is over or another holds the lease. End the ranks; nothing they wrote
+    counts; then ``release_lease``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Renewal:
+    answer: Answer
+    rendezvous: str | None = None
+    """Where rank 0 listens, once it does and every rank is claimed."""
+
+
+def renew_lease(session: Session, holder: Holder, lease_ttl: float) -> Renewal:
+    """Extend the right to run. A lease that ran out and that nobody rescued is extended as well:
+    while Postgres was away nobody could rescue, and the run was healthy."""
+    rows = held(session, holder)
+    if rows is None:
+        return Renewal(Answer.STOP)
+    rows.lease.expires_at = after(lease_ttl)  # type: ignore[assignment]
+    session.execute(
+        update(Worker).where(col(Worker.id) == holder.worker_id).values(heartbeat_at=db_now())
+    )
+    if rows.job.state == JobState.CANCELLING:
+        return Renewal(Answer.CANCEL)
+    running = rows.attempt.state == AttemptState.RUNNING
+    return Renewal(Answer.GO_ON, rows.attempt.rendezvous if running else None)
+
+
+def publish_rendezvous(session: Session, holder: Holder, address: str) -> bool:
+    """Rank 0 listens at ``address`` (host:port); the other ranks hear of it when they renew."""
+    rows = held(session, holder)
+    if rows is None:
+        return False
+    rows.attempt.rendezvous = address
+    wake(session, WAKE_ATTEMPT, holder.attempt_id)
+    return True

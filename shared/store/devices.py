@@ -1,0 +1,135 @@
+"""Devices and the worker processes that serve them: registration, heartbeat, drain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import update
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlmodel import Session, col, select
+
+from shared import ids
+from shared.capability import Capability
+from shared.lifecycle import AttemptState, FailureClass, LeaseState
+from shared.store.engine import WAKE_SCHEDULER, db_now, wake
+from shared.store.finish import Failure, end_attempt
+from shared.store.guard import lock_job, release
+from shared.tables import Attempt, Device, Lease, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What the inventory found out about one device."""
+
+    id: str
+    host: str
+    model: str
+    capability: Capability
+    uuid: str | None = None
+    simulated: bool = False
+
+
+def register_device(session: Session, facts: DeviceFacts, pid: int, version: str) -> str:
+    """A worker process starts to serve a device: its worker id.
+
+    Whatever the process before it held is lost, and its processes are gone (the caller has swept
+    them): those attempts end now and not only when their leases run out.
+    """
+    worker = Worker(
+        id=ids.new_id(ids.WORKER), device_id=facts.id, host=facts.host, pid=pid, version=version
+    )
+    session.execute(
+        update(Worker)
+        .where(col(Worker.device_id) == facts.id, col(Worker.ended_at).is_(None))
+        .values(ended_at=db_now())
+    )
+    session.add(worker)
+    session.flush()
+    new: dict[str, Any] = {
+        "host": facts.host,
+        "worker_id": worker.id,
+        "state": "up",
+        "accelerator": facts.capability.accelerator,
+        "model": facts.model,
+        "uuid": facts.uuid,
+        "compute_capability": facts.capability.compute_capability,
+        "memory_bytes": facts.capability.memory_bytes,
+        "queue": facts.capability.queue,
+        "simulated": facts.simulated,
+        "warm": [],
+        "registered_at": db_now(),
+    }
+    session.execute(
+        pg_insert(Device)
+        .values(id=facts.id, **new)
+        .on_conflict_do_update(index_elements=["id"], set_=new)
+    )
+    _release_left_overs(session, facts.id, f"the worker of {facts.id} was restarted")
+    wake(session, WAKE_SCHEDULER)
+    return worker.id
+
+
+def _release_left_overs(session: Session, device_id: str, message: str) -> None:
+    left = session.exec(
+        select(Lease, Attempt)
+        .join(Attempt, col(Attempt.id) == col(Lease.attempt_id))
+        .where(Lease.device_id == device_id, Lease.state == LeaseState.HELD)
+    ).all()
+    for lease, attempt in left:
+        lock_job(session, attempt.job_id)
+        session.refresh(lease)
+        if lease.state != LeaseState.HELD or lease.device_id != device_id:
+            continue
+        release(lease)
+        session.flush()
+        failure = Failure(FailureClass.LOST_WORKER, "worker_restarted", message)
+        end_attempt(session, attempt.job_id, attempt.id, attempt.token, AttemptState.LOST, failure)
+
+
+def heartbeat(session: Session, worker_id: str, warm: list[str] | None = None) -> bool:
+    """The worker process is alive. False: another one has taken its device over; it should end."""
+    beaten = session.execute(
+        update(Worker)
+        .where(col(Worker.id) == worker_id, col(Worker.ended_at).is_(None))
+        .values(heartbeat_at=db_now())
+        .returning(col(Worker.id))
+    ).first()
+    if beaten is not None and warm is not None:
+        session.execute(
+            update(Device)
+            .where(col(Device.worker_id) == worker_id, col(Device.warm) != warm)
+            .values(warm=warm)
+        )
+    return beaten is not None
+
+
+def drain_device(session: Session, worker_id: str) -> bool:
+    """Give the device no new work; what it runs goes on."""
+    return _set_state(session, worker_id, "draining")
+
+
+def end_worker(session: Session, worker_id: str) -> bool:
+    """The worker process ends in an orderly way; its device is gone until another serves it."""
+    _set_state(session, worker_id, "gone")
+    device = session.exec(select(Device.id).where(Device.worker_id == worker_id)).first()
+    if device is not None:
+        _release_left_overs(session, device, f"the worker of {device} was stopped")
+    ended = session.execute(
+        update(Worker)
+        .where(col(Worker.id) == worker_id, col(Worker.ended_at).is_(None))
+        .values(ended_at=db_now())
+        .returning(col(Worker.id))
+    ).first()
+    wake(session, WAKE_SCHEDULER)
+    return ended is not None
+
+
+def _set_state(session: Session, worker_id: str, state: str) -> bool:
+    changed = session.execute(
+        update(Device)
+        .where(col(Device.worker_id) == worker_id)
+        .values(state=state)
+        .returning(col(Device.id))
+    ).first()
+    return changed is not None

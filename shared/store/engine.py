@@ -1,0 +1,180 @@
+"""The connection to Postgres: transactions, wake-ups, and waiting for a server that is not up yet."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import psycopg
+from sqlalchemy import ColumnElement, create_engine, func, make_url, text
+from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlmodel import Session
+
+from shared.errors import Unavailable
+
+log = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+WAKE_SCHEDULER = "gpuyard_scheduler"
+"""Something to decide: a job was submitted, a device came or became free."""
+WAKE_JOB = "gpuyard_job"
+"""Payload: the id of a job whose events, logs, progress or results grew."""
+WAKE_ATTEMPT = "gpuyard_attempt"
+"""Payload: the id of an attempt whose workers should renew at once (cancel, end, rendezvous)."""
+
+_RETRYABLE = {"40P01", "40001"}  # deadlock detected, serialization failure: nothing happened
+_TRIES = 5
+
+
+class Store:
+    """One per process. Threads share it; each call has a connection of its own."""
+
+    def __init__(self, url: str, *, pool_size: int = 8) -> None:
+        self.url = url
+        self.engine = create_engine(
+            url,
+            pool_size=pool_size,
+            max_overflow=8,
+            pool_pre_ping=True,
+            pool_timeout=30,
+            connect_args={
+                "connect_timeout": 5,
+                "application_name": "gpuyard",
+                # A cut network must not look like a slow query for ever.
+                "keepalives_idle": 10,
+                "keepalives_interval": 5,
+                "keepalives_count": 3,
+                "tcp_user_timeout": 30_000,
+            },
+        )
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """Commits at the end, rolls back on an exception. Keep nothing slow inside."""
+        with Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    def call(
+        self, function: Callable[Concatenate[Session, P], R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Run one store function in a transaction of its own; again if Postgres chose it as the
+        victim of a deadlock, in which case it has done nothing.
+
+        Raises:
+            Unavailable: Postgres cannot be reached. Whether the transaction was committed is then
+                unknown; every transition is guarded, so calling again is safe.
+        """
+        for attempt in range(1, _TRIES + 1):
+            try:
+                with self.transaction() as session:
+                    return function(session, *args, **kwargs)
+            except DBAPIError as error:
+                if getattr(error.orig, "sqlstate", None) in _RETRYABLE and attempt < _TRIES:
+                    log.info("%s: %s; again", function.__name__, error.orig)
+                    continue
+                if is_connection_loss(error):
+                    raise Unavailable(
+                        "the job store (Postgres) cannot be reached",
+                        hint="It is retried; see that DATABASE_URL is right and the server is up.",
+                    ) from error
+                raise
+        raise AssertionError("unreachable")
+
+    def wait_until_ready(self, *, announce: Callable[[str], None], timeout: float = 3600) -> None:
+        """Block until Postgres answers and the migrations of this version are in.
+
+        ``announce`` gets a line for people when the reason for waiting changes and every 30 s.
+
+        Raises:
+            Unavailable: not ready within ``timeout`` seconds.
+        """
+        from shared.migrate import missing_migrations
+
+        deadline, said_at, said, pause = time.monotonic() + timeout, 0.0, "", 0.2
+        while True:
+            try:
+                missing = missing_migrations(self.engine)
+                if not missing:
+                    return
+                reason = f"the database lacks migration {missing}: run `gpuyard migrate`"
+            except (OperationalError, InterfaceError) as error:
+                what = str(error.orig).strip().splitlines()
+                reason = f"Postgres cannot be reached: {what[0] if what else error}"
+            now = time.monotonic()
+            if now > deadline:
+                raise Unavailable(reason, hint="Check DATABASE_URL.")
+            if reason != said or now - said_at > 30:
+                announce(f"waiting: {reason}")
+                said, said_at = reason, now
+            time.sleep(pause)
+            pause = min(pause * 1.5, 3.0)
+
+    def listen(self, *channels: str) -> Listener:
+        """A connection of its own that hears NOTIFY on ``channels``."""
+        return Listener(self.url, channels)
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+class Listener:
+    """Waits for wake-ups. They can be lost with the connection, so callers poll as well."""
+
+    def __init__(self, url: str, channels: tuple[str, ...]) -> None:
+        self._conninfo = make_url(url).set(drivername="postgresql").render_as_string(False)
+        self._channels = channels
+        self._connection: psycopg.Connection[Any] | None = None
+
+    def wait(self, timeout: float) -> list[tuple[str, str]]:
+        """(channel, payload) of what arrived within ``timeout`` seconds; returns at the first few.
+
+        A lost connection counts as a quiet time and is opened again at the next call.
+        """
+        started = time.monotonic()
+        try:
+            if self._connection is None or self._connection.closed:
+                self._connection = psycopg.connect(
+                    self._conninfo, autocommit=True, connect_timeout=5
+                )
+                for channel in self._channels:
+                    self._connection.execute(f'LISTEN "{channel}"')
+            found = self._connection.notifies(timeout=timeout, stop_after=1)
+            return [(n.channel, n.payload) for n in found]
+        except (psycopg.OperationalError, psycopg.InterfaceError):
+            self.close()
+            time.sleep(max(0.0, min(timeout, 1.0) - (time.monotonic() - started)))
+            return []
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def is_connection_loss(error: DBAPIError) -> bool:
+    """Whether Postgres was out of reach, as against refusing what was asked of it."""
+    state = getattr(error.orig, "sqlstate", None)
+    lost = isinstance(error, (OperationalError, InterfaceError)) or error.connection_invalidated
+    return lost and (state is None or state.startswith(("08", "57P", "53")))
+
+
+def wake(session: Session, channel: str, payload: str = "") -> None:
+    """Wake the listeners of ``channel`` when this transaction commits."""
+    session.execute(
+        text("SELECT pg_notify(:channel, :payload)"), {"channel": channel, "payload": payload}
+    )
+
+
+def db_now() -> ColumnElement[Any]:
+    """The database's clock, the one clock that all parts share."""
+    return func.clock_timestamp()
+
+
+def after(seconds: float) -> ColumnElement[Any]:
+    """A point in time so many seconds from now, by the database's clock."""
+    return func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, float(seconds))

@@ -1,0 +1,197 @@
+"""Steps 7 and 8: the end of a rank, of an attempt, and of a job.
+
+``finish_rank``, ``leave_attempt`` and ``release_lease`` are called by the worker once no process of
+the rank is left; ``end_attempt`` also by the scheduler's rescue.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlmodel import Session, col, select
+
+from shared import retry
+from shared.lifecycle import AttemptState, FailureClass, JobState, LeaseState
+from shared.specs import Retry
+from shared.store.dispatch import drop_hints
+from shared.store.engine import WAKE_ATTEMPT, WAKE_SCHEDULER, after, db_now, wake
+from shared.store.guard import (
+    Holder,
+    held,
+    lock_job,
+    move_attempt,
+    move_job,
+    release,
+    tell,
+)
+from shared.store.report import row_totals
+from shared.tables import Attempt, Job, Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an attempt ended, for the policy and for people."""
+
+    failure_class: FailureClass
+    code: str
+    message: str
+    hint: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"code": self.code, "message": self.message, "hint": self.hint}
+
+
+def finish_rank(session: Session, holder: Holder, summary: dict[str, Any]) -> bool:
+    """This rank ended well. With the last one, attempt and job succeed. False: stale.
+
+    Rank 0's summary becomes the job's. A batch job also has to have all its shards: otherwise the
+    rank has not ended well, which is a defect and raises.
+    """
+    rows = held(session, holder)
+    if rows is None:
+        return False
+    job, attempt, lease = rows.job, rows.attempt, rows.lease
+    if job.kind == "infer":
+        totals = row_totals(session, job.id)
+        if totals["done"] != totals["rows"]:
+            raise AssertionError(f"{job.id} has {totals['done']} of {totals['rows']} rows")
+        summary = {**summary, **totals}
+    release(lease)
+    lease.succeeded = True
+    if holder.rank == 0:
+        job.summary = summary
+    session.flush()
+    others = session.exec(select(Lease).where(Lease.attempt_id == attempt.id)).all()
+    if all(other.succeeded for other in others):
+        move_attempt(attempt, AttemptState.SUCCEEDED)
+        attempt.finished_at = db_now()  # type: ignore[assignment]
+        move_job(job, JobState.SUCCEEDED)
+        job.finished_at = db_now()  # type: ignore[assignment]
+        tell(session, job, "succeeded", "succeeded", attempt=attempt.number, summary=job.summary)
+    wake(session, WAKE_SCHEDULER)
+    return True
+
+
+def fail_rank(session: Session, holder: Holder, failure: Failure) -> bool:
+    """This rank failed, and with it the attempt. False: stale (another rank was first, say)."""
+    rows = held(session, holder)
+    if rows is None:
+        return False
+    release(rows.lease)
+    _end(session, rows.job, rows.attempt, AttemptState.FAILED, failure)
+    return True
+
+
+def leave_attempt(session: Session, holder: Holder) -> bool:
+    """This rank ended because its job was cancelled. With the last one, the job is cancelled."""
+    rows = held(session, holder)
+    if rows is None:
+        return False
+    job, attempt = rows.job, rows.attempt
+    if job.state != JobState.CANCELLING:
+        raise AssertionError(f"{job.id} is {job.state}: its ranks may not leave")
+    release(rows.lease)
+    session.flush()
+    open_ranks = session.exec(
+        select(Lease.rank).where(Lease.attempt_id == attempt.id, Lease.state == LeaseState.HELD)
+    ).all()
+    if not open_ranks:
+        reason = job.cancel_reason or "by the user"
+        cancelled = Failure(FailureClass.CANCELLED, "cancelled", reason)
+        _end(session, job, attempt, AttemptState.CANCELLED, cancelled)
+    wake(session, WAKE_SCHEDULER)
+    return True
+
+
+def release_lease(session: Session, holder: Holder) -> bool:
+    """The processes of a stale rank are gone: its device is free. False: it was released before."""
+    if lock_job(session, holder.job_id) is None:
+        return False
+    lease = session.get(Lease, (holder.attempt_id, holder.rank), populate_existing=True)
+    if lease is None or lease.state != LeaseState.HELD or lease.worker_id != holder.worker_id:
+        return False
+    release(lease)
+    wake(session, WAKE_SCHEDULER)
+    return True
+
+
+def end_attempt(
+    session: Session,
+    job_id: str,
+    attempt_id: str,
+    token: int,
+    state: AttemptState,
+    failure: Failure,
+) -> bool:
+    """End an attempt that is out, whoever asks, and decide what follows. False: stale.
+
+    Reserved leases are released here; held ones stay until their workers, who are woken, have ended
+    the ranks, or until they run out.
+    """
+    job = lock_job(session, job_id)
+    attempt = session.get(Attempt, attempt_id, populate_existing=True)
+    if job is None or attempt is None or job.token != token or AttemptState(attempt.state).terminal:
+        return False
+    _end(session, job, attempt, state, failure)
+    return True
+
+
+def _end(
+    session: Session, job: Job, attempt: Attempt, state: AttemptState, failure: Failure
+) -> None:
+    move_attempt(attempt, state)
+    attempt.finished_at = db_now()  # type: ignore[assignment]
+    attempt.failure_class = failure.failure_class
+    attempt.failure = failure.as_dict()
+    reserved = select(Lease).where(
+        Lease.attempt_id == attempt.id, Lease.state == LeaseState.RESERVED
+    )
+    for lease in session.exec(reserved).all():
+        release(lease)
+    drop_hints(session, attempt.id)
+    session.flush()
+    wake(session, WAKE_ATTEMPT, attempt.id)
+    wake(session, WAKE_SCHEDULER)
+    tell(
+        session, job, f"attempt_{state}", f"attempt {attempt.number}: {failure.message}",
+        attempt=attempt.number, failure_class=failure.failure_class, **failure.as_dict(),
+    )  # fmt: skip
+    if job.state == JobState.CANCELLING:
+        _cancelled(session, job, attempt)
+    else:
+        _retry_or_fail(session, job, attempt, failure)
+
+
+def _cancelled(session: Session, job: Job, attempt: Attempt) -> None:
+    move_job(job, JobState.CANCELLED)
+    job.failure_class = FailureClass.CANCELLED
+    job.finished_at = db_now()  # type: ignore[assignment]
+    reason = job.cancel_reason or "by the user"
+    tell(session, job, "cancelled", f"cancelled: {reason}", attempt=attempt.number)
+
+
+def _retry_or_fail(session: Session, job: Job, attempt: Attempt, failure: Failure) -> None:
+    ended = session.exec(
+        select(Attempt.failure_class)
+        .where(Attempt.job_id == job.id, col(Attempt.failure_class).is_not(None))
+        .order_by(col(Attempt.number))
+    ).all()
+    decision = retry.decide(Retry(**job.spec["retry"]), [FailureClass(f) for f in ended if f])
+    if isinstance(decision, retry.TryAgain):
+        move_job(job, JobState.QUEUED)
+        job.not_before = after(decision.after_seconds)  # type: ignore[assignment]
+        job.waiting_reason = f"tried again after {failure.code}"
+        tell(
+            session, job, "retry", f"{decision.reason}; again in {decision.after_seconds:.0f} s",
+            attempt=attempt.number,
+        )  # fmt: skip
+        return
+    move_job(job, JobState.FAILED)
+    job.failure_class = failure.failure_class
+    job.failure = failure.as_dict()
+    job.finished_at = db_now()  # type: ignore[assignment]
+    tell(
+        session, job, "failed", failure.message,
+        attempt=attempt.number, reason=decision.reason, **{"class": failure.failure_class},
+    )  # fmt: skip

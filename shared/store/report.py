@@ -1,0 +1,206 @@
+"""Step 6: what a live attempt writes. Each is guarded by the holder; False means stale.
+
+A shard, a checkpoint or an artifact counts from the moment its row is committed here, and a stale
+attempt cannot make one count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sqlalchemy import select as sa_select
+from sqlalchemy import update
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlmodel import Session, col, func, select
+
+from shared import ids
+from shared.messages import FileDigest
+from shared.messages import Shard as ShardRange
+from shared.rows import pack_results
+from shared.store.engine import WAKE_JOB, db_now, wake
+from shared.store.guard import Holder, held, tell
+from shared.tables import Artifact, Checkpoint, LogChunk, Metric, Shard
+
+
+def record_event(
+    session: Session, holder: Holder, type: str, message: str, data: dict[str, Any] | None = None
+) -> bool:
+    rows = held(session, holder)
+    if rows is None:
+        return False
+    tell(session, rows.job, type, message, attempt=rows.attempt.number, **(data or {}))
+    return True
+
+
+def record_progress(session: Session, holder: Holder, progress: dict[str, Any]) -> bool:
+    """The newest state of the work, for people. Overwrites the one before."""
+    rows = held(session, holder)
+    if rows is None:
+        return False
+    rows.job.progress = {**progress, "attempt": rows.attempt.number}
+    wake(session, WAKE_JOB, holder.job_id)
+    return True
+
+
+def record_metric(
+    session: Session, holder: Holder, split: str, step: int, values: dict[str, float]
+) -> bool:
+    """Values at a step. A resumed attempt repeats steps and replaces what was said of them."""
+    rows = held(session, holder)
+    if rows is None:
+        return False
+    new = {"attempt": rows.attempt.number, "values": values, "at": db_now()}
+    session.execute(
+        pg_insert(Metric)
+        .values(job_id=holder.job_id, split=split, step=step, **new)
+        .on_conflict_do_update(index_elements=["job_id", "split", "step"], set_=new)
+    )
+    wake(session, WAKE_JOB, holder.job_id)
+    return True
+
+
+def append_log(session: Session, holder: Holder, text: str) -> bool:
+    """What the rank printed since the last time. Also accepted after a cancel: it explains it."""
+    rows = held(session, holder)
+    if rows is None:
+        return False
+    number = rows.attempt.number
+    # Postgres text has no NUL.
+    clean = text.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    session.add(LogChunk(job_id=holder.job_id, attempt=number, rank=holder.rank, text=clean))
+    wake(session, WAKE_JOB, holder.job_id)
+    return True
+
+
+def commit_checkpoint(
+    session: Session, holder: Holder, step: int, path: str, manifest: dict[str, FileDigest]
+) -> bool:
+    """Makes a finished checkpoint folder count. ``path`` is relative to the data folder."""
+    rows = held(session, holder)
+    if rows is None:
+        return False
+    size = sum(file.size for file in manifest.values())
+    session.execute(
+        pg_insert(Checkpoint)
+        .values(
+            id=ids.new_id(ids.CHECKPOINT),
+            job_id=holder.job_id,
+            attempt_id=holder.attempt_id,
+            token=holder.token,
+            step=step,
+            path=path,
+            manifest={name: file.model_dump() for name, file in manifest.items()},
+            size=size,
+        )
+        .on_conflict_do_nothing(index_elements=["attempt_id", "step"])
+    )
+    tell(
+        session, rows.job, "checkpoint", f"checkpoint at step {step}",
+        attempt=rows.attempt.number, step=step, size=size,
+    )  # fmt: skip
+    return True
+
+
+def forget_checkpoints(session: Session, holder: Holder, keep: int) -> Sequence[str] | None:
+    """Drop the rows of all but the ``keep`` newest checkpoints; the paths to delete afterwards.
+
+    Rows go first: a row without its folder would be a promise that cannot be kept.
+    """
+    if held(session, holder) is None:
+        return None
+    old = session.exec(
+        select(Checkpoint)
+        .where(Checkpoint.job_id == holder.job_id)
+        .order_by(col(Checkpoint.step).desc(), col(Checkpoint.token).desc())
+        .offset(keep)
+    ).all()
+    for checkpoint in old:
+        session.delete(checkpoint)
+    return [checkpoint.path for checkpoint in old]
+
+
+def record_artifact(
+    session: Session, holder: Holder, *, name: str, kind: str, path: str, size: int, sha256: str
+) -> bool:
+    """A finished deliverable; ``path`` is relative to the data folder. Visible with success."""
+    if held(session, holder) is None:
+        return False
+    new = {"kind": kind, "path": path, "size": size, "sha256": sha256}
+    session.execute(
+        pg_insert(Artifact)
+        .values(
+            id=ids.new_id(ids.ARTIFACT),
+            job_id=holder.job_id,
+            attempt_id=holder.attempt_id,
+            token=holder.token,
+            name=name,
+            **new,
+        )
+        .on_conflict_do_update(index_elements=["attempt_id", "name"], set_=new)
+    )
+    return True
+
+
+def open_shards(session: Session, holder: Holder, limit: int = 10_000) -> list[ShardRange] | None:
+    """Shards without results, in order; None if stale."""
+    if held(session, holder) is None:
+        return None
+    rows = session.exec(
+        select(Shard)
+        .where(Shard.job_id == holder.job_id, col(Shard.committed_at).is_(None))
+        .order_by(col(Shard.index))
+        .limit(limit)
+    ).all()
+    return [
+        ShardRange(
+            index=s.index, first_row=s.first_row, rows=s.rows, offset=s.offset, length=s.length
+        )
+        for s in rows
+    ]
+
+
+def commit_shard(
+    session: Session, holder: Holder, index: int, results: Sequence[dict[str, Any]], seconds: float
+) -> bool:
+    """Results of a shard, once. A shard that is committed already stays as it is (and that is well:
+    only this attempt's earlier, unanswered call can have done it)."""
+    rows = held(session, holder)
+    if rows is None:
+        return False
+    session.execute(
+        update(Shard)
+        .where(
+            col(Shard.job_id) == holder.job_id,
+            col(Shard.index) == index,
+            col(Shard.committed_at).is_(None),
+            col(Shard.rows) == len(results),
+        )
+        .values(
+            attempt_id=holder.attempt_id,
+            token=holder.token,
+            results=pack_results(results),
+            errors=sum(r["error"] is not None for r in results),
+            input_tokens=sum(r["usage"]["input_tokens"] for r in results),
+            output_tokens=sum(r["usage"]["output_tokens"] for r in results),
+            seconds=seconds,
+            committed_at=db_now(),
+        )
+    )
+    wake(session, WAKE_JOB, holder.job_id)
+    return True
+
+
+def row_totals(session: Session, job_id: str) -> dict[str, int]:
+    """What is committed of a batch job: rows, done, errors, input_tokens, output_tokens."""
+    done = col(Shard.committed_at).is_not(None)
+    sums = {
+        "rows": func.sum(Shard.rows),
+        "done": func.sum(Shard.rows).filter(done),
+        "errors": func.sum(Shard.errors),
+        "input_tokens": func.sum(Shard.input_tokens),
+        "output_tokens": func.sum(Shard.output_tokens),
+    }
+    columns = [func.coalesce(total, 0).label(name) for name, total in sums.items()]
+    row = session.execute(sa_select(*columns).where(col(Shard.job_id) == job_id)).one()
+    return {name: int(value) for name, value in zip(sums, row, strict=True)}

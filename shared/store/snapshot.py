@@ -1,0 +1,117 @@
+"""Step 2: what the scheduler decides on, read in one transaction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlmodel import Session, col, func, select
+
+from shared.capability import Capability
+from shared.lifecycle import JobState, LeaseState
+from shared.resolved import Requirements
+from shared.tables import Attempt, Device, Job, Lease, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingJob:
+    id: str
+    priority: int
+    created_at: datetime
+    requirements: Requirements
+    label: str
+    """What Flower shows: kind and model."""
+    not_before: datetime | None = None
+    ranks_ending: bool = False
+    """Ranks of its last attempt still hold devices."""
+    fail_fast: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    id: str
+    host: str
+    capability: Capability
+    simulated: bool
+    live: bool
+    """Up, and its worker was heard of lately: it may get work."""
+    known: bool
+    """Belongs to the fleet: not gone in an orderly way. A silent device may come back."""
+    busy: bool
+    """Reserved or held."""
+    warm: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    now: datetime
+    jobs: tuple[WaitingJob, ...]
+    """Queued ones, in no particular order."""
+    devices: tuple[DeviceState, ...]
+
+
+def take_snapshot(session: Session, device_timeout: float, limit: int = 2000) -> Snapshot:
+    """All devices, and the ``limit`` first queued jobs by priority and age."""
+    now = session.exec(select(func.clock_timestamp())).one()
+    ending = (
+        select(Attempt.job_id)
+        .join(Lease, col(Lease.attempt_id) == col(Attempt.id))
+        .where(Attempt.job_id == Job.id, Lease.state != LeaseState.RELEASED)
+        .exists()
+    )
+    jobs = session.exec(
+        select(Job, ending)
+        .where(Job.state == JobState.QUEUED)
+        .order_by(col(Job.priority).desc(), col(Job.created_at))
+        .limit(limit)
+    ).all()
+    return Snapshot(
+        now=now,
+        jobs=tuple(
+            WaitingJob(
+                id=job.id,
+                priority=job.priority,
+                created_at=job.created_at,
+                requirements=Requirements.model_validate(job.resolved["requirements"]),
+                label=f"{job.kind}:{job.resolved['model']['label']}",
+                not_before=job.not_before,
+                ranks_ending=bool(ranks_ending),
+                fail_fast=bool(job.spec.get("fail_fast")),
+            )
+            for job, ranks_ending in jobs
+        ),
+        devices=read_devices(session, now, device_timeout),
+    )
+
+
+def read_devices(session: Session, now: datetime, device_timeout: float) -> tuple[DeviceState, ...]:
+    """The fleet as it is."""
+    busy = (
+        select(Lease.device_id)
+        .where(Lease.device_id == Device.id, Lease.state != LeaseState.RELEASED)
+        .exists()
+    )
+    rows = session.exec(
+        select(Device, Worker, busy)
+        .join(Worker, col(Worker.id) == col(Device.worker_id))
+        .order_by(col(Device.id))
+    ).all()
+    return tuple(
+        DeviceState(
+            id=device.id,
+            host=device.host,
+            capability=Capability(
+                "cuda" if device.accelerator == "cuda" else "cpu",
+                device.compute_capability,
+                device.memory_bytes,
+            ),
+            simulated=device.simulated,
+            live=device.state == "up"
+            and worker.ended_at is None
+            and (now - worker.heartbeat_at).total_seconds() <= device_timeout,
+            known=device.state != "gone",
+            busy=bool(is_busy),
+            warm=tuple(device.warm),
+        )
+        for device, worker, is_busy in rows
+    )

@@ -1,0 +1,106 @@
+"""Step 1 of a job's life: one row, its shards, and its first event, in one transaction."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from sqlalchemy import insert
+from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlmodel import Session, col, select
+
+from shared import ids
+from shared.errors import IdempotencyMismatch
+from shared.lifecycle import JobState
+from shared.messages import Shard as ShardRange
+from shared.resolved import Resolved
+from shared.specs import InferSpec, TrainSpec
+from shared.store.engine import WAKE_SCHEDULER, wake
+from shared.store.guard import tell
+from shared.tables import Job, Shard
+
+
+def spec_digest(spec: TrainSpec | InferSpec) -> str:
+    text = json.dumps(spec.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def find_by_idempotency_key(
+    session: Session, created_by: str | None, key: str, spec: TrainSpec | InferSpec
+) -> Job | None:
+    """The job that this key made, if any.
+
+    Raises:
+        IdempotencyMismatch: the key made a job of another spec.
+    """
+    # `created_by` is compared with IS NOT DISTINCT FROM: NULL (auth off) is one owner, too.
+    owner = col(Job.created_by).is_not_distinct_from(created_by)
+    job = session.exec(select(Job).where(owner, Job.idempotency_key == key)).first()
+    if job is not None and job.spec_sha256 != spec_digest(spec):
+        raise IdempotencyMismatch(
+            f"the idempotency key was used for {job.id}, which has another spec",
+            param="Idempotency-Key",
+            hint="Use a new key for a new job.",
+        )
+    return job
+
+
+def insert_job(
+    session: Session,
+    *,
+    job_id: str,
+    spec: TrainSpec | InferSpec,
+    resolved: Resolved,
+    shards: Iterable[ShardRange] = (),
+    idempotency_key: str | None = None,
+    created_by: str | None = None,
+) -> tuple[Job, bool]:
+    """Insert a queued job; with a used idempotency key, the first job. (job, whether it is new).
+
+    Raises:
+        IdempotencyMismatch: the key made a job of another spec.
+    """
+    values: dict[str, Any] = {
+        "id": job_id,
+        "kind": spec.kind,
+        "task": spec.task,
+        "name": spec.name,
+        "state": JobState.QUEUED,
+        "spec": spec.model_dump(mode="json"),
+        "resolved": resolved.model_dump(mode="json"),
+        "priority": spec.priority,
+        "idempotency_key": idempotency_key,
+        "created_by": created_by or "",
+        "spec_sha256": spec_digest(spec),
+    }
+    # Two requests with one key race here: the unique index lets one in, the other waits for its
+    # commit and then finds that job.
+    inserted = session.execute(
+        pg_insert(Job)
+        .values(**values)
+        .on_conflict_do_nothing(
+            index_elements=["created_by", "idempotency_key"],
+            index_where=col(Job.idempotency_key).is_not(None),
+        )
+        .returning(col(Job.id))
+    ).first()
+    if inserted is None:
+        assert idempotency_key is not None  # noqa: S101 - the only conflict there is
+        first = find_by_idempotency_key(session, created_by or "", idempotency_key, spec)
+        assert first is not None  # noqa: S101 - it conflicted
+        return first, False
+    rows = [{"job_id": job_id, **shard.model_dump()} for shard in shards]
+    if rows:
+        session.execute(insert(Shard), rows)
+    job = session.get_one(Job, job_id)
+    tell(
+        session, job, "submitted", f"submitted: {spec.kind} {spec.task} with {resolved.model.label}"
+    )
+    wake(session, WAKE_SCHEDULER)
+    return job, True
+
+
+def new_job_id() -> str:
+    return ids.new_id(ids.JOB)

@@ -1,0 +1,195 @@
+"""What the API answers, typed for both sides: FastAPI's response models are the SDK's types."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from shared.lifecycle import AttemptState, FailureClass, JobState, LeaseState
+
+T = TypeVar("T")
+
+
+class View(BaseModel):
+    """Ignores fields of a newer server."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Page(View, Generic[T]):
+    """One page of a list, newest first; pass ``next`` as ``cursor`` for the one after."""
+
+    items: list[T]
+    next: str | None = None
+
+
+class ErrorBody(View):
+    code: str
+    message: str
+    param: str | None = None
+    hint: str | None = None
+    request_id: str | None = None
+
+
+class ErrorEnvelope(View):
+    error: ErrorBody
+
+
+class FailureView(View):
+    """Why a job or an attempt failed, and what to do."""
+
+    failure_class: FailureClass
+    code: str
+    message: str
+    hint: str | None = None
+
+
+class ProgressView(View):
+    step: int
+    total_steps: int
+    epoch: float = 0.0
+    loss: float | None = None
+    learning_rate: float | None = None
+    examples_per_second: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: float | None = None
+    attempt: int | None = None
+
+
+class RankView(View):
+    rank: int
+    device_id: str
+    state: LeaseState
+
+
+class AttemptView(View):
+    id: str
+    number: int
+    token: int
+    state: AttemptState
+    world_size: int
+    ranks: list[RankView] = []
+    failure: FailureView | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class JobView(View):
+    id: str
+    kind: str
+    task: str
+    name: str | None = None
+    model: str
+    """As the spec names it."""
+    state: JobState
+    priority: int
+    waiting_reason: str | None = None
+    """Why a queued job does not run yet."""
+    progress: ProgressView | None = None
+    failure: FailureView | None = None
+    summary: dict[str, Any] | None = None
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class JobDetail(JobView):
+    spec: dict[str, Any]
+    requirements: dict[str, Any]
+    attempts: list[AttemptView] = []
+    rows_total: int | None = None
+    rows_done: int | None = None
+    row_errors: int | None = None
+
+
+class EventView(View):
+    id: int
+    type: str
+    message: str
+    attempt: int | None = None
+    data: dict[str, Any] = {}
+    at: datetime
+
+
+class LogView(View):
+    id: int
+    attempt: int
+    rank: int
+    text: str
+    at: datetime
+
+
+class MetricView(View):
+    split: str
+    step: int
+    attempt: int
+    values: dict[str, float]
+    at: datetime
+
+
+class CheckpointView(View):
+    id: str
+    attempt_id: str
+    step: int
+    size: int
+    path: str
+    created_at: datetime
+
+
+class ArtifactView(View):
+    id: str
+    name: str
+    kind: str
+    size: int
+    sha256: str
+    path: str
+    """On the service's own disk; over HTTP use the download address."""
+    created_at: datetime
+
+
+class FileView(View):
+    id: str
+    name: str
+    size: int
+    sha256: str
+    created_at: datetime
+
+
+class DeviceView(View):
+    id: str
+    host: str
+    state: str
+    """up, draining, gone, or silent: registered as up and not heard of lately."""
+    accelerator: str
+    model: str
+    uuid: str | None = None
+    compute_capability: float
+    memory_bytes: int
+    queue: str
+    simulated: bool
+    warm: list[str] = []
+    job_id: str | None = None
+    rank: int | None = None
+    seconds_silent: float
+
+
+class WorkerView(View):
+    """The process that serves a device."""
+
+    id: str
+    device_id: str
+    host: str
+    pid: int
+    version: str
+    started_at: datetime
+    heartbeat_at: datetime
+    ended_at: datetime | None = None
+
+
+class Health(View):
+    status: str
+    checks: dict[str, str] = {}
+    version: str
