@@ -1,0 +1,1 @@
+"""The part that decides: API and submission, admission, placement, dispatch, rescue, leadership."""
