@@ -94,7 +94,14 @@ def move_attempt(attempt: Attempt, target: AttemptState) -> None:
 
 
 def tell(
-    session: Session, job: Job, type: str, message: str, *, attempt: int | None = None, **data: Any
+    session: Session,
+    job: Job,
+    type: str,
+    message: str,
+    /,
+    *,
+    attempt: int | None = None,
+    **data: Any,
 ) -> None:
     """Add to the job's story. The caller holds the job's lock."""
     session.add(Event(job_id=job.id, attempt=attempt, type=type, message=message, data=data))

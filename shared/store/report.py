@@ -29,7 +29,8 @@ def record_event(
     rows = held(session, holder)
     if rows is None:
         return False
-    tell(session, rows.job, type, message, attempt=rows.attempt.number, **(data or {}))
+    extra = {k: v for k, v in (data or {}).items() if k != "attempt"}
+    tell(session, rows.job, type, message, attempt=rows.attempt.number, **extra)
     return True
 
 
