@@ -1,0 +1,190 @@
+"""One attempt at an inference job inside the engine: shards in, results of whole shards out."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.errors import DataError
+from shared.messages import InferAssignment, Progress, Shard, ShardComputed
+from shared.rows import read_lines, row_error
+from workers.ranks.engine.classification import Classification
+from workers.ranks.engine.computation import Computation
+from workers.ranks.engine.generation import TextGeneration
+from workers.ranks.engine.inputs import Request, RowProblem, read_request
+from workers.ranks.engine.memory import cache_budget, peak_bytes, reset_peak
+from workers.ranks.engine.models import LoadedModel
+from workers.ranks.engine.pace import Pace
+from workers.ranks.engine.prompts import PromptEncoder
+from workers.ranks.engine.runners import choose_runner
+
+OPENED_PER_STEP = 16
+"""Shards opened between two looks at the channel, at most: they may be small, or all errors."""
+
+
+@dataclass(slots=True)
+class OpenShard:
+    """A shard with rows in computation."""
+
+    shard: Shard
+    opened_at: float
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.results) == self.shard.rows
+
+
+class Attempt:
+    """The rows of one attempt on their way through a loaded model.
+
+    Shards are opened in the order of the orders, each as soon as the computation wants rows: rows of
+    several shards share forward passes, so that no slot idles at a shard's end.
+    """
+
+    def __init__(self, assignment: InferAssignment, loaded: LoadedModel, warm: bool) -> None:
+        self.id = assignment.attempt_id
+        self.pace = Pace()
+        self._assignment = assignment
+        self._loaded = loaded
+        self._warm = warm
+        self._encoder = PromptEncoder(loaded.tokenizer, assignment.spec, loaded.context)
+        self._computation = _computation(assignment, loaded)
+        self._ordered: deque[Shard] = deque()
+        self._open: dict[int, OpenShard] = {}
+        self._known_rows = 0
+        self._known_shards = 0
+        self._reported_shards = 0
+        self._errors = 0
+        self._input_tokens = 0
+        self._output_tokens = 0
+        self._busy_seconds = 0.0
+        reset_peak(loaded.key.device)
+
+    @property
+    def busy(self) -> bool:
+        """Something is left to compute of what was ordered."""
+        return bool(self._ordered or self._open)
+
+    def order(self, shards: tuple[Shard, ...]) -> None:
+        self._ordered.extend(shards)
+        self._known_rows += sum(shard.rows for shard in shards)
+        self._known_shards += len(shards)
+
+    def step(self) -> list[ShardComputed]:
+        """Compute a little; the shards that were completed by it.
+
+        Raises:
+            DataError: the input file is gone, or is no longer the one that was submitted.
+        """
+        started = time.monotonic()
+        reports: list[ShardComputed] = []
+        for _ in range(OPENED_PER_STEP):
+            if self._ordered and self._computation.wants_rows:
+                reports += self._open_shard(self._ordered.popleft())
+        if self._computation.busy:
+            step = self._computation.step()
+            self.pace.count(0, step.tokens)
+            reports += self._record(step.results)
+        self._busy_seconds += time.monotonic() - started
+        return reports
+
+    def progress(self) -> Progress:
+        return self.pace.report(self._known_rows)
+
+    def summary(self, stopped: bool) -> dict[str, Any]:
+        """What the attempt amounted to, for ``Done``."""
+        return {
+            "stopped": stopped,
+            "load_seconds": 0.0 if self._warm else round(self._loaded.seconds, 3),
+            "warm": self._warm,
+            "rows": self.pace.rows,
+            "errors": self._errors,
+            "shards": self._reported_shards,
+            "input_tokens": self._input_tokens,
+            "output_tokens": self._output_tokens,
+            "compute_seconds": round(self._busy_seconds, 3),
+            "peak_memory_bytes": peak_bytes(self._loaded.key.device),
+        }
+
+    def _open_shard(self, shard: Shard) -> list[ShardComputed]:
+        path = Path(self._assignment.input_path)
+        self._open[shard.index] = OpenShard(shard, time.monotonic())
+        try:
+            lines = read_lines(path, shard)
+        except OSError as error:
+            raise DataError(
+                f"the input file '{path.name}' cannot be read any more: {error.strerror}",
+                param="input",
+            ) from None
+        except ValueError as error:
+            raise DataError(
+                str(error), param="input", code="input_changed", hint="Submit the job again."
+            ) from None
+        requests: list[Request] = []
+        errors: list[dict[str, Any]] = []
+        for row, line in lines:
+            try:
+                requests.append(read_request(row, line, self._assignment.spec))
+            except RowProblem as problem:
+                errors.append(row_error(row, problem.code, problem.message, id=problem.id))
+        prompts, refused = self._encoder.encode(requests)
+        self._computation.add(prompts)
+        return self._record(errors + refused)
+
+    def _record(self, results: list[dict[str, Any]]) -> list[ShardComputed]:
+        """File results under their shards; the shards that are complete now."""
+        for result in results:
+            self._errors += result["error"] is not None
+            self._input_tokens += result["usage"]["input_tokens"]
+            self._output_tokens += result["usage"]["output_tokens"]
+            self._shard_of(result["row"]).results[result["row"]] = result
+        self.pace.count(len(results), 0)
+        complete = [shard for shard in self._open.values() if shard.complete]
+        return [self._close_shard(shard) for shard in complete]
+
+    def _shard_of(self, row: int) -> OpenShard:
+        for open_shard in self._open.values():
+            first = open_shard.shard.first_row
+            if first <= row < first + open_shard.shard.rows:
+                return open_shard
+        raise AssertionError(f"row {row} is of no open shard")
+
+    def _close_shard(self, done: OpenShard) -> ShardComputed:
+        del self._open[done.shard.index]
+        self._reported_shards += 1
+        results = tuple(done.results[row] for row in sorted(done.results))
+        seconds = time.monotonic() - done.opened_at
+        bad = sum(result["error"] is not None for result in results)
+        rows_per_second, tokens_per_second = self.pace.rates()
+        print(
+            f"shard {done.shard.index} done ({self._reported_shards} of {self._known_shards} ordered): "
+            f"{len(results)} rows{f', {bad} with errors' if bad else ''} in {seconds:.1f} s; "
+            f"now {rows_per_second:.1f} rows/s, {tokens_per_second:.0f} tokens/s",
+            flush=True,
+        )
+        return ShardComputed(
+            attempt_id=self.id, index=done.shard.index, results=results, seconds=seconds
+        )
+
+
+def _computation(assignment: InferAssignment, loaded: LoadedModel) -> Computation:
+    spec = assignment.spec
+    if spec.task == "text-classification":
+        return Classification(loaded, batch_size=spec.batch_size, top_k=spec.top_k_labels)
+    runner = choose_runner(loaded.model, spec.batch_size, loaded.slot_bytes_per_position)
+    budget = cache_budget(assignment.device, loaded.weight_bytes)
+    return TextGeneration(loaded, runner, spec.sampling, budget)
+
+
+def compute_dtype(assignment: InferAssignment) -> torch.dtype:
+    """The precision asked for; ``auto`` is bf16 where the device has it."""
+    precision = assignment.spec.precision
+    if precision == "bf16" or (precision == "auto" and assignment.device.bf16):
+        return torch.bfloat16
+    return torch.float32

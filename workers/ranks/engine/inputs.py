@@ -1,0 +1,155 @@
+"""From a raw line of the input to a request, or to the error that this row gets.
+
+Pure: no tokenizer, no torch. A bad row costs that row and never the job, so every way in which a
+line can be wrong ends in a :class:`RowProblem` with a stable code.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from shared.rows import MAX_LINE_BYTES
+from shared.specs import InferSpec
+
+
+class RowProblem(Exception):
+    """What is wrong with one row. ``id`` is the row's own id where it could be read."""
+
+    def __init__(self, code: str, message: str, *, id: Any = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.id = id
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A row that may be computed: exactly one of ``text`` and ``messages`` is set."""
+
+    row: int
+    id: Any
+    text: str | None = None
+    messages: list[dict[str, str]] | None = None
+
+
+def read_request(row: int, line: bytes, spec: InferSpec) -> Request:
+    """Parse and check one line.
+
+    Raises:
+        RowProblem: line_too_long, invalid_utf8, invalid_json, invalid_row, missing_column,
+            empty_text or invalid_messages.
+    """
+    fields = _parse(line)
+    id = fields.get("id")
+    if not _is_utf8(json.dumps(id, ensure_ascii=False)):
+        raise RowProblem("invalid_utf8", "the row's id holds half of a surrogate pair")
+    try:
+        return _request(row, id, fields, spec)
+    except RowProblem as problem:
+        problem.id = id
+        raise
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    if len(line) > MAX_LINE_BYTES:
+        raise RowProblem(
+            "line_too_long", f"the line has {len(line)} bytes; at most {MAX_LINE_BYTES} are read"
+        )
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RowProblem("invalid_utf8", f"byte {error.start} of the line is not UTF-8") from None
+    try:
+        fields = json.loads(text, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise RowProblem("invalid_json", f"{error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise RowProblem("invalid_json", "nested too deeply") from None
+    except ValueError as error:  # NaN and Infinity, integers of thousands of digits
+        raise RowProblem("invalid_json", str(error)) from None
+    if not isinstance(fields, dict):
+        raise RowProblem("invalid_row", f"a row must be an object, not {_kind(fields)}")
+    return fields
+
+
+def _request(row: int, id: Any, fields: dict[str, Any], spec: InferSpec) -> Request:
+    if spec.task == "text-classification":
+        column = spec.text_column or "text"
+        return Request(row, id, text=_text(fields, column))
+    if spec.text_column is not None:
+        if isinstance(fields.get(spec.text_column), list):
+            return Request(row, id, messages=_messages(fields[spec.text_column], spec.text_column))
+        return Request(row, id, text=_text(fields, spec.text_column))
+    if "prompt" in fields and "messages" in fields:
+        raise RowProblem("invalid_row", "the row has both 'prompt' and 'messages': keep one")
+    if "messages" in fields:
+        return Request(row, id, messages=_messages(fields["messages"], "messages"))
+    if "prompt" not in fields:
+        raise RowProblem("missing_column", f"no 'prompt' and no 'messages'; {_columns(fields)}")
+    return Request(row, id, text=_text(fields, "prompt"))
+
+
+def _text(fields: dict[str, Any], column: str) -> str:
+    if column not in fields:
+        raise RowProblem("missing_column", f"no column '{column}'; {_columns(fields)}")
+    value = fields[column]
+    if not isinstance(value, str):
+        raise RowProblem(
+            "missing_column", f"column '{column}' must be a string, not {_kind(value)}"
+        )
+    if not value.strip():
+        raise RowProblem("empty_text", f"column '{column}' is empty")
+    if not _is_utf8(value):
+        raise RowProblem("invalid_utf8", f"column '{column}' holds half of a surrogate pair")
+    return value
+
+
+def _messages(value: Any, column: str) -> list[dict[str, str]]:
+    def bad(why: str) -> NoReturn:
+        raise RowProblem("invalid_messages", f"'{column}' {why}")
+
+    if not isinstance(value, list) or not value:
+        bad("must be a list of at least one {role, content}")
+    messages: list[dict[str, str]] = []
+    for i, item in enumerate(value):
+        if not isinstance(item, dict):
+            bad(f"[{i}] must be an object with role and content, not {_kind(item)}")
+        for key in ("role", "content"):
+            if not isinstance(item.get(key), str):
+                bad(f"[{i}].{key} must be a string, not {_kind(item.get(key))}")
+            if not _is_utf8(item[key]):
+                raise RowProblem(
+                    "invalid_utf8", f"'{column}'[{i}].{key} holds half of a surrogate pair"
+                )
+        messages.append({"role": item["role"], "content": item["content"]})
+    if not any(message["content"].strip() for message in messages):
+        raise RowProblem("empty_text", f"every content of '{column}' is empty")
+    return messages
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _is_utf8(text: str) -> bool:
+    """False for lone surrogates, which ``\\ud800`` in JSON makes and no encoder takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _columns(fields: dict[str, Any]) -> str:
+    names = sorted(json.dumps(name)[:40] for name in fields)
+    shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+    return f"the row has {shown}" if names else "the row has no columns"
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number")
