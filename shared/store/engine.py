@@ -27,7 +27,9 @@ WAKE_JOB = "gpuyard_job"
 WAKE_ATTEMPT = "gpuyard_attempt"
 """Payload: the id of an attempt whose workers should renew at once (cancel, end, rendezvous)."""
 
-_RETRYABLE = {"40P01", "40001"}  # deadlock detected, serialization failure: nothing happened
+# Deadlock detected, serialization failure, and two transactions that want one device at once:
+# nothing happened, and the same call again sees what the other one did.
+_RETRYABLE = {"40P01", "40001", "23P01"}
 _TRIES = 5
 
 
@@ -62,8 +64,8 @@ class Store:
     def call(
         self, function: Callable[Concatenate[Session, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Run one store function in a transaction of its own; again if Postgres chose it as the
-        victim of a deadlock, in which case it has done nothing.
+        """Run one store function in a transaction of its own; again if it lost a race in Postgres, in
+        which case it has done nothing.
 
         Raises:
             Unavailable: Postgres cannot be reached. Whether the transaction was committed is then

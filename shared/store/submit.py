@@ -35,9 +35,10 @@ def find_by_idempotency_key(
     Raises:
         IdempotencyMismatch: the key made a job of another spec.
     """
-    # `created_by` is compared with IS NOT DISTINCT FROM: NULL (auth off) is one owner, too.
-    owner = col(Job.created_by).is_not_distinct_from(created_by)
-    job = session.exec(select(Job).where(owner, Job.idempotency_key == key)).first()
+    owner = created_by or ""
+    job = session.exec(
+        select(Job).where(Job.created_by == owner, Job.idempotency_key == key)
+    ).first()
     if job is not None and job.spec_sha256 != spec_digest(spec):
         raise IdempotencyMismatch(
             f"the idempotency key was used for {job.id}, which has another spec",
@@ -88,7 +89,7 @@ def insert_job(
     ).first()
     if inserted is None:
         assert idempotency_key is not None  # noqa: S101 - the only conflict there is
-        first = find_by_idempotency_key(session, created_by or "", idempotency_key, spec)
+        first = find_by_idempotency_key(session, created_by, idempotency_key, spec)
         assert first is not None  # noqa: S101 - it conflicted
         return first, False
     rows = [{"job_id": job_id, **shard.model_dump()} for shard in shards]
