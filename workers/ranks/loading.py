@@ -107,6 +107,22 @@ def load_sequence_classifier(
     return Classifier(model=model, fresh=tuple(fresh))
 
 
+def known_labels(path: str | Path) -> tuple[str, ...] | None:
+    """The label names by class index that a model folder declares; None where it has none of its own.
+
+    Raises:
+        LoadError: see there.
+    """
+    config = _read_json(inspect_folder(path) / "config.json", required=True)
+    names = config.get("id2label")
+    if not isinstance(names, dict) or not names:
+        return None
+    try:
+        return tuple(str(names[str(index)]) for index in range(len(names)))
+    except KeyError:
+        return None
+
+
 def load_causal_lm(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load a decoder-only language model in ``eval`` mode on the CPU.
 
@@ -130,7 +146,7 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """
     folder = inspect_folder(path, weights=False)
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False, **options
             )
@@ -191,7 +207,7 @@ def _inspect_weights(folder: Path) -> None:
         if pickles:
             raise LoadError(
                 "model_unsafe",
-                f"'{folder.name}' has its weights only as a pickle ({pickles[0]}); pickles can run code",
+                f"'{folder.name}' has its weights only as a pickle ({pickles[0]}): it could run code",
                 "Convert it where you trust it: model.save_pretrained(folder) writes safetensors.",
             )
         raise LoadError(
@@ -260,7 +276,7 @@ def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
 
 def _load_config(folder: Path) -> PreTrainedConfig:
     try:
-        with _quiet():
+        with quiet():
             config: PreTrainedConfig = AutoConfig.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
@@ -280,7 +296,7 @@ def _load_model(
     auto: Any, folder: Path, *, config: PreTrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:
-        with _quiet():
+        with quiet():
             model, info = auto.from_pretrained(
                 str(folder),
                 config=config,
@@ -354,8 +370,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without progress bars and load reports: what they say is checked here, logs are for people."""
+def quiet() -> Iterator[None]:
+    """Without progress bars and load reports: what they say is checked, and logs are for people."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
