@@ -234,7 +234,10 @@ def _settle(path: Path) -> int:
     """Have the nursery end all orphans; how many still live."""
     with _connect(path, time.monotonic() + _PATIENCE) as nursery:
         nursery.send(b'{"settle": true}')
-        return int(_receive(nursery)["orphans"])
+        answer = _receive(nursery)
+    if "error" in answer:
+        raise OSError(answer["error"])
+    return int(answer["orphans"])
 
 
 def _connect(path: Path, deadline: float) -> socket.socket:

@@ -67,15 +67,15 @@ def list_new_imports(channel: Channel[Any]) -> None:
         LlamaConfig,
     )
 
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert = AutoModelForSequenceClassification.from_config(
+    sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    bert = AutoModelForSequenceClassification.from_config(  # type: ignore[no-untyped-call]
         BertConfig(vocab_size=20, intermediate_size=8, **sizes)
     )
     optimizer = torch.optim.AdamW(bert.parameters())
     ids = torch.tensor([[1, 2, 3]])
     bert(input_ids=ids, labels=torch.tensor([0])).loss.backward()
     optimizer.step()
-    llama = AutoModelForCausalLM.from_config(
+    llama = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
         LlamaConfig(vocab_size=20, intermediate_size=8, num_key_value_heads=2, **sizes)
     )
     llama.generate(ids, max_new_tokens=2, pad_token_id=0)
