@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -47,7 +49,10 @@ from workers.channel import Channel
 
 torch.set_num_threads(1)
 PATIENCE = 60.0
-WORDS = "the cat sat on a mat while many birds sang über dem Fluss and naïve façades 日本 🎈 stood".split()
+SENTENCE = (
+    "the cat sat on a mat while many birds sang über dem Fluss and naïve façades 日本 🎈 stood"
+)
+WORDS = SENTENCE.split()
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
     "{{ raise_exception('unknown role ' + m.role) }}{% endif %}"
@@ -112,7 +117,10 @@ def make_llama(folder: Path, *, seed: int = 0, chat: bool = True) -> Path:
         bos_token_id=None,
         pad_token_id=1,
     )
-    return _save(LlamaForCausalLM(config), folder, chat=chat)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight[7:263] *= 0.3  # rather words than single bytes
+    return _save(model, folder, chat=chat)
 
 
 def make_gpt2(folder: Path, *, seed: int = 0) -> Path:
@@ -122,6 +130,13 @@ def make_gpt2(folder: Path, *, seed: int = 0) -> Path:
         bos_token_id=0,
     )  # fmt: skip
     return _save(GPT2LMHeadModel(config), folder, chat=False)
+
+
+def make_bloom(folder: Path, *, seed: int = 0) -> Path:
+    """Its positions come from a 2-D mask: no model for slots."""
+    torch.manual_seed(seed)
+    config = BloomConfig(vocab_size=320, hidden_size=64, n_layer=2, n_head=4, eos_token_id=0)
+    return _save(BloomForCausalLM(config), folder, chat=False)
 
 
 def make_bert(folder: Path, *, seed: int = 0) -> Path:
@@ -137,7 +152,11 @@ def make_bert(folder: Path, *, seed: int = 0) -> Path:
         id2label=dict(enumerate(LABELS)),
         label2id={name: i for i, name in enumerate(LABELS)},
     )
-    return _save(BertForSequenceClassification(config), folder, bert=True)
+    model = BertForSequenceClassification(config)
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:
+            layer.attention.self.value.weight *= 20.0  # the text matters, not [CLS] alone
+    return _save(model, folder, bert=True)
 
 
 @pytest.fixture(scope="session")
@@ -207,7 +226,7 @@ class EngineProcess:
                 pass_fds=[theirs.fileno()],
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
             )
         theirs.close()
         self.channel: Channel[Report] = Channel(ours, FromRank)

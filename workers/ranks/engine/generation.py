@@ -65,6 +65,8 @@ class TextGeneration:
         self._waiting: deque[ActiveRow] = deque()
         self._active: list[ActiveRow] = []
         self._max_rows = runner.slots
+        # Kept across a step that runs out of memory after some of its rows were finished.
+        self._finished: list[dict[str, Any]] = []
 
     @property
     def busy(self) -> bool:
@@ -81,17 +83,23 @@ class TextGeneration:
 
     def step(self) -> Step:
         """Admit rows, then generate one token for each active row."""
+        tokens = 0
+        out_of_memory = False
         try:
-            return self._step()
+            tokens = self._step()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        # Here the failed pass's tensors are gone: inside `except` the traceback holds them.
-        return self._without_memory()
+            out_of_memory = True
+        if out_of_memory:
+            # Here the failed pass's tensors are gone: inside `except` the traceback holds them.
+            self._start_over()
+        results, self._finished = self._finished, []
+        return Step(results, tokens)
 
     @torch.inference_mode()
-    def _step(self) -> Step:
-        results: list[dict[str, Any]] = []
+    def _step(self) -> int:
+        """The number of tokens generated."""
         tokens = 0
         if admitted := self._admit():
             first = len(self._active)
@@ -99,14 +107,14 @@ class TextGeneration:
             self._runner.reserve(max(self._reach(row) for row in self._active))
             logits = self._runner.prefill(first, [row.tokens for row in admitted])
             tokens += len(admitted)
-            results += self._accept(first, logits)
+            self._accept(first, logits)
         if self._active:
             tokens += len(self._active)
             logits = self._runner.decode(
                 [row.generated[-1] for row in self._active], [row.position for row in self._active]
             )
-            results += self._accept(0, logits)
-        return Step(results, tokens)
+            self._accept(0, logits)
+        return tokens
 
     def _admit(self) -> list[ActiveRow]:
         """Take rows off the queue, in order, while slots, memory and the prefill budget last."""
@@ -129,18 +137,17 @@ class TextGeneration:
         """Tokens that the row has at the very most when it is finished."""
         return len(row.prompt.ids) + self._sampling.max_new_tokens
 
-    def _accept(self, first: int, logits: torch.Tensor) -> list[dict[str, Any]]:
-        """Choose a token for each active row from ``first`` on; results of those now finished."""
+    def _accept(self, first: int, logits: torch.Tensor) -> None:
+        """Choose a token for each active row from ``first`` on, and let the finished ones go."""
         rows = self._active[first:]
         chosen = next_tokens(
             logits, self._sampling, [(row.prompt.row, len(row.generated)) for row in rows]
         )
-        results: list[dict[str, Any]] = []
         finished: set[int] = set()
         for slot, (row, token) in enumerate(zip(rows, chosen, strict=True), start=first):
             if (output := self._output(row, token)) is not None:
                 finished.add(slot)
-                results.append(
+                self._finished.append(
                     result(
                         row.prompt.row,
                         id=row.prompt.id,
@@ -150,7 +157,6 @@ class TextGeneration:
                     )
                 )
         self._free(finished)
-        return results
 
     def _output(self, row: ActiveRow, token: int) -> dict[str, str] | None:
         """Append a token to a row; its output if that finishes it. An end token counts as
@@ -177,8 +183,8 @@ class TextGeneration:
                 self._active[slot] = row
             self._active.pop()
 
-    def _without_memory(self) -> Step:
-        """Start over with half the rows. What they generated so far is kept as part of the prompt."""
+    def _start_over(self) -> None:
+        """Go on with half the rows. What they generated so far is kept as part of the prompt."""
         rows = self._active
         self._active = []
         self._runner.reset()
@@ -188,12 +194,13 @@ class TextGeneration:
             self._max_rows = self._runner.slots
             row = rows[0]
             message = f"{self._reach(row)} tokens do not fit into the device's memory"
-            error = row_error(row.prompt.row, "out_of_memory", message, id=row.prompt.id)
-            return Step([error], 0)
+            self._finished.append(
+                row_error(row.prompt.row, "out_of_memory", message, id=row.prompt.id)
+            )
+            return
         self._max_rows = max(1, len(rows) // 2)
         print(f"out of memory with {len(rows)} rows: going on with {self._max_rows}", flush=True)
         self._waiting.extendleft(reversed(rows))
-        return Step([], 0)
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from workers.ranks.engine.memory import release_unused
 from workers.ranks.engine.runners import measure_slots
 from workers.ranks.loading import (
     LoadError,
+    inspect_folder,
     load_causal_lm,
     load_sequence_classifier,
     load_tokenizer,
@@ -128,19 +130,24 @@ def _load_for_task(key: ModelKey) -> PreTrainedModel:
                 hint="Fine-tune it for text-classification first and use that job's model.",
             )
         return classifier.model
+    folder = inspect_folder(key.path)
+    made_as = json.loads((folder / "config.json").read_bytes()).get("architectures") or ()
+    if made_as and not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(made_as):
+        raise _not_generative(folder, str(made_as[0]))
     model = load_causal_lm(key.path, key.dtype)
     # BERT and kin load under a language-model head too, but they see the future: only their
     # configurations have ``is_decoder``, and it is off.
-    generative = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    stored_as = model.config.architectures or [type(model).__name__]
-    sees_future = getattr(model.config, "is_decoder", True) is False
-    if sees_future or not generative.intersection(stored_as):
-        raise UnsupportedModel(
-            f"model '{Path(key.path).name}' was made as {stored_as[0]} and cannot generate text",
-            param="model",
-            hint="Choose a causal language model (GPT, Llama and kin).",
-        )
+    if getattr(model.config, "is_decoder", True) is False:
+        raise _not_generative(folder, type(model).__name__)
     return model
+
+
+def _not_generative(folder: Path, made_as: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"model '{folder.name}' was made as {made_as} and cannot generate text",
+        param="model",
+        hint="Choose a causal language model (GPT, Llama and kin).",
+    )
 
 
 def _context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> int:

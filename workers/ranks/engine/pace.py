@@ -22,7 +22,7 @@ class Pace:
         self.tokens = 0
         self._marks: deque[tuple[float, int, int]] = deque([(time.monotonic(), 0, 0)])
         self._reported_at = float("-inf")
-        self._reported_rows = -1
+        self._reported = (0, 0)
 
     def count(self, rows: int, tokens: int) -> None:
         now = time.monotonic()
@@ -41,12 +41,12 @@ class Pace:
 
     def due_in(self) -> float | None:
         """Seconds until there is progress to report (0: now); None while there is nothing new."""
-        if self._reported_rows == self.rows:
+        if self._reported == (self.rows, self.tokens):
             return None
         return max(0.0, self._reported_at + INTERVAL - time.monotonic())
 
     def report(self, total_rows: int) -> Progress:
-        self._reported_at, self._reported_rows = time.monotonic(), self.rows
+        self._reported_at, self._reported = time.monotonic(), (self.rows, self.tokens)
         rows_per_second, tokens_per_second = self.rates()
         return Progress(
             step=self.rows,
