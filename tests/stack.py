@@ -1,4 +1,4 @@
-"""Waiting for events in tests."""
+"""What tests share that is no fixture: waiting for events with a deadline."""
 
 from __future__ import annotations
 
@@ -9,14 +9,30 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def eventually(predicate: Callable[[], T], *, within: float, what: str, every: float = 0.05) -> T:
-    """Poll until ``predicate`` is truthy and return its value; fail after ``within`` seconds,
-    saying ``what`` was waited for and what the last answer was."""
-    deadline = time.monotonic() + within
+def eventually(
+    predicate: Callable[[], T], timeout: float = 20.0, what: str | Callable[[], str] = ""
+) -> T:
+    """Poll until ``predicate()`` is true and return its value.
+
+    An ``AssertionError`` in the predicate counts as "not yet" and is part of the message when the
+    time (seconds) is over; any other exception is raised at once. ``what`` says what was waited
+    for, as text or as a function that looks at the state of that moment.
+
+    Raises:
+        AssertionError: it did not become true in time.
+    """
+    deadline = time.monotonic() + timeout
+    pause = 0.01
     while True:
-        answer = predicate()
-        if answer:
-            return answer
+        reason = ""
+        try:
+            value = predicate()
+            if value:
+                return value
+        except AssertionError as error:
+            reason = f": {error}"
         if time.monotonic() > deadline:
-            raise AssertionError(f"waited {within:g} s for {what}; last answer: {answer!r}")
-        time.sleep(every)
+            said = what() if callable(what) else what or getattr(predicate, "__name__", "event")
+            raise AssertionError(f"waited {timeout:g} s in vain for {said}{reason}")
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.2)
