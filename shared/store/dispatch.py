@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import delete, update
+from sqlalchemy import ARRAY, Text, cast, delete, update
 from sqlmodel import Session, col, func, select
 
 from shared import ids
@@ -150,14 +150,21 @@ def drop_hints(session: Session, attempt_id: str, rank: int | None = None) -> No
 
 
 def set_waiting_reasons(session: Session, reasons: dict[str, str]) -> None:
-    """Tell each queued job why it does not run. Touches only rows whose reason changed."""
-    for job_id, reason in reasons.items():
-        session.execute(
-            update(Job)
-            .where(
-                col(Job.id) == job_id,
-                col(Job.state) == JobState.QUEUED,
-                col(Job.waiting_reason).is_distinct_from(reason),
-            )
-            .values(waiting_reason=reason)
+    """Tell each queued job why it does not run. Touches only rows whose reason changed.
+
+    One statement for all of them: when a job leaves, those behind it may all get another reason.
+    """
+    if not reasons:
+        return
+    ids_and_reasons = (cast(list(part), ARRAY(Text)) for part in (reasons, reasons.values()))
+    new = func.unnest(*ids_and_reasons).table_valued("id", "reason").render_derived(name="new")
+    session.execute(
+        update(Job)
+        .where(
+            col(Job.id) == new.c.id,
+            col(Job.state) == JobState.QUEUED,
+            col(Job.waiting_reason).is_distinct_from(new.c.reason),
         )
+        .values(waiting_reason=new.c.reason)
+        .execution_options(synchronize_session=False)
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from sqlalchemy import select as select_columns
 from sqlmodel import Session, col, func, select
 
 from shared.capability import Capability
@@ -24,7 +25,8 @@ class WaitingJob:
     not_before: datetime | None = None
     ranks_ending: bool = False
     """Ranks of its last attempt still hold devices."""
-    fail_fast: bool = False
+    waiting_reason: str | None = None
+    """What the job says now of why it waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,21 @@ def take_snapshot(session: Session, device_timeout: float, limit: int = 2000) ->
         .where(Attempt.job_id == Job.id, Lease.state != LeaseState.RELEASED)
         .exists()
     )
-    jobs = session.exec(
-        select(Job, ending)
-        .where(Job.state == JobState.QUEUED)
-        .order_by(col(Job.priority).desc(), col(Job.created_at))
+    # Columns, not whole jobs: a spec may carry thousands of inline rows.
+    jobs = session.execute(
+        select_columns(
+            col(Job.id),
+            col(Job.priority),
+            col(Job.created_at),
+            col(Job.kind),
+            col(Job.not_before),
+            col(Job.waiting_reason),
+            col(Job.resolved)["requirements"].label("requirements"),
+            col(Job.resolved)["model"]["label"].astext.label("model"),
+            ending.label("ranks_ending"),
+        )
+        .where(col(Job.state) == JobState.QUEUED)
+        .order_by(col(Job.priority).desc(), col(Job.created_at), col(Job.id))
         .limit(limit)
     ).all()
     return Snapshot(
@@ -72,13 +85,13 @@ def take_snapshot(session: Session, device_timeout: float, limit: int = 2000) ->
                 id=job.id,
                 priority=job.priority,
                 created_at=job.created_at,
-                requirements=Requirements.model_validate(job.resolved["requirements"]),
-                label=f"{job.kind}:{job.resolved['model']['label']}",
+                requirements=Requirements.model_validate(job.requirements),
+                label=f"{job.kind}:{job.model}",
                 not_before=job.not_before,
-                ranks_ending=bool(ranks_ending),
-                fail_fast=bool(job.spec.get("fail_fast")),
+                ranks_ending=bool(job.ranks_ending),
+                waiting_reason=job.waiting_reason,
             )
-            for job, ranks_ending in jobs
+            for job in jobs
         ),
         devices=read_devices(session, now, device_timeout),
     )

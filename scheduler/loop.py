@@ -1,0 +1,151 @@
+"""The scheduler's loop: lead, look, decide, act, and wait for something to happen.
+
+It wakes by NOTIFY and, because a notification can be lost, also every ``tick_every`` seconds. One
+tick is one pass of ``tick``, in the order in which its calls stand there. A tick that fails is logged
+and the next one starts from what Postgres says: nothing is remembered between ticks that could be
+wrong.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+
+from scheduler.admission import admit
+from scheduler.dispatch import dispatch
+from scheduler.leader import Leadership
+from scheduler.placement import place
+from scheduler.publisher import Publisher
+from scheduler.rescue import rescue_expired
+from shared.errors import Unavailable
+from shared.settings import Settings
+from shared.store import Store
+from shared.store.dispatch import set_waiting_reasons
+from shared.store.engine import WAKE_SCHEDULER
+from shared.store.snapshot import Snapshot, take_snapshot
+
+log = logging.getLogger(__name__)
+
+_SHORTEST_PAUSE = 0.02
+"""Seconds between two ticks at least: a burst of submissions becomes few ticks, not as many."""
+_REPEAT_EVERY = 30.0
+"""Seconds after which a trouble that goes on is named again."""
+
+
+def main(settings: Settings) -> int:
+    """Run a scheduler until SIGTERM or SIGINT. The exit status: 0, or 1 if it ended by itself.
+
+    Signals are fetched here and not handled: a handler would run between any two instructions of the
+    loop and could touch no lock.
+    """
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    scheduler = Scheduler(Store(settings.database_url, pool_size=4), settings)
+    thread = threading.Thread(target=scheduler.run, name="scheduler", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        if signal.sigtimedwait(signals, 0.5) is not None:
+            scheduler.stop()
+            # An act that hangs is fenced by then: the leadership is given up.
+            thread.join(timeout=2.0)
+            return 0
+    return 1
+
+
+class Scheduler:
+    """One per process; ``run`` blocks."""
+
+    def __init__(self, store: Store, settings: Settings) -> None:
+        self._store = store
+        self._settings = settings
+        self._wake = threading.Event()
+        self._publisher = Publisher(settings)
+        # Three quarters of a term: in a shorter gap no healthy holder can have lost its lease.
+        self._leadership = Leadership(
+            store,
+            ttl=settings.leader_ttl,
+            longest_gap=0.75 * settings.lease_ttl,
+            on_change=self._wake.set,
+        )
+        self._stopping = False
+        self._trouble: tuple[str, float] | None = None
+
+    def run(self) -> None:
+        """Wait for Postgres, then tick until ``stop``. Running jobs go on without a scheduler."""
+        self._store.wait_until_ready(announce=log.info, timeout=float("inf"))
+        bell = threading.Thread(target=self._hear, name="doorbell", daemon=True)
+        self._leadership.start()
+        bell.start()
+        log.info("scheduler %s stands by", self._leadership.holder)
+        while not self._stopping:
+            self._wake.clear()
+            self._tick_safely()
+            time.sleep(_SHORTEST_PAUSE)
+            if not self._stopping:
+                self._wake.wait(self._settings.tick_every)
+        self._publisher.close()
+        log.info("scheduler ends")
+
+    def stop(self) -> None:
+        """Resign, so that a standby takes over at once, and let ``run`` return. From any thread."""
+        self._stopping = True
+        self._wake.set()
+        self._leadership.stop()
+
+    def tick(self) -> None:
+        """One pass. Does nothing while another scheduler leads.
+
+        Raises:
+            Unavailable: Postgres cannot be reached.
+        """
+        term, contact_since = self._leadership.term, self._leadership.contact_since
+        if term is None or contact_since is None:
+            return
+        settings, store = self._settings, self._store
+        rescue_expired(store, term, contact_since, settings.lease_ttl)
+        snapshot = store.call(take_snapshot, settings.device_timeout)
+        self._place_and_dispatch(term, snapshot)
+        self._publisher.publish_due(store)
+
+    def _place_and_dispatch(self, term: int, snapshot: Snapshot) -> None:
+        admission = admit(snapshot.jobs, snapshot.now)
+        plan = place(snapshot.devices, admission.ready)
+        jobs = {job.id: job for job in admission.ready}
+        for job_id, placement in plan.placements.items():
+            dispatch(self._store, term, jobs[job_id], placement, self._settings)
+        known = {job.id: job.waiting_reason for job in snapshot.jobs}
+        reasons = admission.held_back | plan.waiting
+        changed = {id: reason for id, reason in reasons.items() if known[id] != reason}
+        if changed:
+            self._store.call(set_waiting_reasons, changed)
+
+    def _tick_safely(self) -> None:
+        try:
+            self.tick()
+        except Unavailable as error:
+            self._complain(f"waiting: {error}", None)
+        except Exception as error:
+            self._complain(f"a tick failed and is tried again: {type(error).__name__}", error)
+        else:
+            if self._trouble is not None:
+                log.info("ticks again")
+            self._trouble = None
+
+    def _complain(self, message: str, error: Exception | None) -> None:
+        """Once, and again every so often while it lasts."""
+        now = time.monotonic()
+        if self._trouble is not None:
+            said, at = self._trouble
+            if said == message and now - at < _REPEAT_EVERY:
+                return
+        self._trouble = (message, now)
+        log.error(message, exc_info=error) if error else log.warning(message)
+
+    def _hear(self) -> None:
+        listener = self._store.listen(WAKE_SCHEDULER)
+        while not self._stopping:
+            if listener.wait(1.0):
+                self._wake.set()
+        listener.close()

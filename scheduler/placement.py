@@ -1,0 +1,216 @@
+"""Placement: on which devices? Pure: the fleet and the ordered jobs in, a decision for each out.
+
+The least capable class that fits is taken first, so that the rare devices stay for those who need
+them. A gang gets all of its devices or none. Within a class, hosts are filled up tightly, so that
+large holes stay whole for the next gang. A job that could run once busy devices are free withholds
+the free ones that it would use from all jobs after it: otherwise small jobs would starve it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from scheduler.matching import eligible_devices, unsatisfiable
+from shared.capability import device_queue
+from shared.resolved import Requirements
+from shared.store.snapshot import DeviceState, WaitingJob
+
+_Class = tuple[tuple[int, int, int], bool, str]
+"""Orders the classes: rank of the capability, whether simulated, name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """``devices[r]`` and ``queues[r]`` are for rank r: where it runs and where its hint goes."""
+
+    devices: tuple[str, ...]
+    queues: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    reason: str
+    withheld: tuple[str, ...] = ()
+    """Free devices that nobody after this job may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One decision for each job, by its id, in the order of the jobs."""
+
+    decisions: dict[str, Placement | Waiting]
+
+    @property
+    def placements(self) -> dict[str, Placement]:
+        return {id: d for id, d in self.decisions.items() if isinstance(d, Placement)}
+
+    @property
+    def waiting(self) -> dict[str, str]:
+        """The reason of each job that waits."""
+        return {id: d.reason for id, d in self.decisions.items() if isinstance(d, Waiting)}
+
+
+def place(devices: Sequence[DeviceState], jobs: Iterable[WaitingJob]) -> Plan:
+    """Decide for ``jobs`` in their order, which is admission's. Same input, same plan."""
+    round = _Round(tuple(sorted(devices, key=_device_order)))
+    return Plan({job.id: round.decide(job) for job in jobs})
+
+
+@dataclass(slots=True)
+class _Options:
+    """What the fleet has for one kind of requirements."""
+
+    never: str | None
+    """Why the known fleet cannot run it, whatever becomes free."""
+    live: tuple[DeviceState, ...]
+    silent: int
+    groups: list[tuple[DeviceState, ...]]
+    """The sets of live devices to choose from, best first."""
+    classes: frozenset[_Class]
+
+
+@dataclass(slots=True)
+class _Round:
+    devices: tuple[DeviceState, ...]
+    taken: set[str] = field(default_factory=set)
+    withheld: set[str] = field(default_factory=set)
+    blocked: Counter[frozenset[_Class]] = field(default_factory=Counter)
+    """Jobs that wait for devices, by the classes that they could run on."""
+    options: dict[Requirements, _Options] = field(default_factory=dict)
+
+    def decide(self, job: WaitingJob) -> Placement | Waiting:
+        needs = job.requirements
+        if needs not in self.options:
+            self.options[needs] = self._find_options(needs)
+        options = self.options[needs]
+        if options.never is not None:
+            return Waiting(options.never)
+        for group in options.groups:
+            free = self._free(group)
+            if len(free) >= needs.devices:
+                chosen = _spread(free, needs.devices)
+                self.taken.update(d.id for d in chosen)
+                return self._placement(needs, chosen)
+        return self._wait(needs, options)
+
+    def _find_options(self, needs: Requirements) -> _Options:
+        eligible = eligible_devices(needs, self.devices)
+        live = tuple(d for d in eligible if d.live)
+        by_class: dict[_Class, list[DeviceState]] = defaultdict(list)
+        by_kind: dict[bool, list[DeviceState]] = defaultdict(list)
+        for device in live:
+            by_class[_class_of(device)].append(device)
+            by_kind[device.simulated].append(device)
+        # A gang runs at the pace of its slowest rank: classes are mixed only where no single one
+        # has devices enough, busy ones included. Simulated devices never mix with real ones.
+        groups = [tuple(g) for _, g in sorted(by_class.items()) if len(g) >= needs.devices]
+        if not groups:
+            groups = [tuple(g) for _, g in sorted(by_kind.items()) if len(g) >= needs.devices]
+        return _Options(
+            never=unsatisfiable(needs, self.devices),
+            live=live,
+            silent=len(eligible) - len(live),
+            groups=groups,
+            classes=frozenset(_class_of(d) for d in eligible),
+        )
+
+    def _free(self, group: Iterable[DeviceState]) -> list[DeviceState]:
+        return [d for d in group if not self._occupied(d) and d.id not in self.withheld]
+
+    def _occupied(self, device: DeviceState) -> bool:
+        return device.busy or device.id in self.taken
+
+    def _placement(self, needs: Requirements, chosen: Sequence[DeviceState]) -> Placement:
+        names = sorted({_class_of(d) for d in chosen})
+        where = f"{' and '.join(name for _, _, name in names)}, the least capable that fits"
+        if len(chosen) > 1:
+            hosts = len({d.host for d in chosen})
+            where += ", on one host" if hosts == 1 else f", over {hosts} hosts"
+        return Placement(
+            devices=tuple(d.id for d in chosen),
+            queues=tuple(self._queue(needs, d, alone=len(chosen) == 1) for d in chosen),
+            reason=where,
+        )
+
+    def _queue(self, needs: Requirements, device: DeviceState, *, alone: bool) -> str:
+        """The queue of the class, where any device of it may take the rank: see ``device_queue``.
+
+        A class promises its step only, and a job may need more than that: then the hint goes to the
+        chosen device alone.
+        """
+        queue = device.capability.queue
+        fitting = {d.id for d in eligible_devices(needs, self.devices)} if alone else set()
+        others = (d for d in self.devices if d.known and d.capability.queue == queue)
+        return queue if alone and all(d.id in fitting for d in others) else device_queue(device.id)
+
+    def _wait(self, needs: Requirements, options: _Options) -> Waiting:
+        ahead = sum(n for classes, n in self.blocked.items() if classes & options.classes)
+        self.blocked[options.classes] += 1
+        # The group that lacks fewest; of equals, the best. What is withheld stays free, so the lack
+        # only shrinks from one round to the next: the job's turn comes.
+        best = min(
+            (self._free(group) for group in options.groups),
+            key=lambda free: max(0, needs.devices - len(free)),
+            default=[],
+        )
+        kept = _spread(best, min(needs.devices, len(best)))
+        free = len(self._free(options.live))
+        self.withheld.update(d.id for d in kept)
+        return Waiting(
+            self._explain(needs, options, len(kept), free, ahead), tuple(d.id for d in kept)
+        )
+
+    def _explain(
+        self, needs: Requirements, options: _Options, kept: int, free: int, ahead: int
+    ) -> str:
+        names = [name for _, _, name in sorted(options.classes)]
+        one_class = names[0] if len(names) == 1 else f"{names[0]} or better"
+        busy = sum(self._occupied(d) for d in options.live)
+        held_back = len(options.live) - busy - free
+        parts = [f"{free} free", f"{busy} busy"]
+        if held_back:
+            parts.append(f"{held_back} kept for jobs ahead")
+        if options.silent:
+            parts.append(f"{options.silent} silent or draining")
+        lacking = "a device"
+        if needs.devices > 1:
+            lacking = f"{needs.devices - kept} of {needs.devices} devices"
+        reason = f"waits for {lacking} of class {one_class}: {', '.join(parts)}"
+        if ahead:
+            reason += f"; {ahead} {'job is' if ahead == 1 else 'jobs are'} ahead"
+        return reason
+
+
+def _spread(free: Sequence[DeviceState], count: int) -> list[DeviceState]:
+    """``count`` of the free devices on as few hosts as can be, leaving as little over on the last of
+    them as can be; on a host the least capable first. There must be that many."""
+    by_host: dict[str, list[DeviceState]] = defaultdict(list)
+    for device in free:
+        by_host[device.host].append(device)
+    chosen: list[DeviceState] = []
+    while len(chosen) < count:
+        lacking = count - len(chosen)
+        enough = [host for host, found in by_host.items() if len(found) >= lacking]
+        if enough:
+            host = min(enough, key=lambda h: (len(by_host[h]), h))
+        else:
+            host = min(by_host, key=lambda h: (-len(by_host[h]), h))
+        chosen += sorted(by_host.pop(host), key=_least_capable_first)[:lacking]
+    return chosen
+
+
+def _class_of(device: DeviceState) -> _Class:
+    return (device.capability.rank, device.simulated, device.capability.queue)
+
+
+def _least_capable_first(device: DeviceState) -> tuple[_Class, int, tuple[str | int, ...]]:
+    return (_class_of(device), device.capability.memory_bytes, _device_order(device))
+
+
+def _device_order(device: DeviceState) -> tuple[str | int, ...]:
+    """By name, gpu2 before gpu10."""
+    return tuple(int(p) if p.isdigit() else p for p in re.split(r"(\d+)", device.id))
