@@ -22,6 +22,7 @@ import redis
 
 from gpuyard.local.servers import PostgresServer, ValkeyServer
 from shared.migrate import upgrade
+from shared.store import Store
 
 # One thread a process before anything loads torch: rank processes inherit it, and two ranks with
 # two threads each on two cores thrash.
@@ -78,6 +79,14 @@ def database(new_database: Callable[[], str], postgres_server: PostgresServer) -
     yield url
     name = url.partition("@/")[2].partition("?")[0]
     _execute(postgres_server, f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def store(database: str) -> Iterator[Store]:
+    """The job store on a fresh database."""
+    found = Store(database)
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")

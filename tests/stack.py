@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def eventually(
-    predicate: Callable[[], T], timeout: float = 20.0, what: str | Callable[[], str] = ""
+    predicate: Callable[[], T], within: float = 20.0, what: str | Callable[[], str] = ""
 ) -> T:
     """Poll until ``predicate()`` is true and return its value.
 
@@ -21,18 +21,18 @@ def eventually(
     Raises:
         AssertionError: it did not become true in time.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + within
     pause = 0.01
     while True:
-        reason = ""
         try:
             value = predicate()
             if value:
                 return value
+            reason = f"last answer: {value!r}"
         except AssertionError as error:
-            reason = f": {error}"
+            reason = str(error)
         if time.monotonic() > deadline:
             said = what() if callable(what) else what or getattr(predicate, "__name__", "event")
-            raise AssertionError(f"waited {timeout:g} s in vain for {said}{reason}")
+            raise AssertionError(f"waited {within:g} s in vain for {said}; {reason}")
         time.sleep(pause)
         pause = min(pause * 1.5, 0.2)
