@@ -61,6 +61,9 @@ class Settings(BaseSettings):
     """What a rank gets between the request to end and SIGKILL."""
     drain_grace: float = Field(30, ge=0)
     """What running attempts get on SIGTERM to the worker before they are ended and tried again."""
+    rank_host: str | None = None
+    """Address of this host for the ranks of a gang on several hosts; by default the one from which
+    it reaches the broker."""
     max_log_bytes: int = Field(16 * 1024**2, gt=0)
     """Log kept in the store, per rank of an attempt; the whole stays in the attempt's folder."""
 

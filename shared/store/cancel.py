@@ -79,3 +79,17 @@ def fail_queued_job(
     job.finished_at = db_now()  # type: ignore[assignment]
     tell(session, job, "failed", message, code=code, hint=hint)
     return True
+
+
+def cancel_attempt(session: Session, attempt_id: str, reason: str) -> bool:
+    """Cancel the job of an attempt that is out: what a revoked Celery task asks for. False, and
+    nothing changed: the attempt is over, or there is none; the job may be in another by now."""
+    attempt = session.get(Attempt, attempt_id)
+    if attempt is None or AttemptState(attempt.state).terminal:
+        return False
+    job = lock_job(session, attempt.job_id)
+    session.refresh(attempt)  # it may have ended before the job was locked
+    if job is None or job.token != attempt.token or AttemptState(attempt.state).terminal:
+        return False
+    cancel_job(session, attempt.job_id, reason)
+    return True

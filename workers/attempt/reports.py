@@ -1,0 +1,123 @@
+"""What each report of a rank comes to in the store. Every function says whether it still counted."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from sqlmodel import Session
+
+from shared.messages import (
+    ArtifactWritten,
+    CheckpointWritten,
+    Done,
+    Failed,
+    Listening,
+    Metric,
+    Notice,
+    Progress,
+    Ready,
+    Report,
+    ShardComputed,
+)
+from shared.settings import Settings
+from shared.store import Holder
+from shared.store.claim import publish_rendezvous
+from shared.store.read import list_leases
+from shared.store.report import (
+    append_log,
+    commit_checkpoint,
+    commit_shard,
+    forget_checkpoints,
+    record_artifact,
+    record_event,
+    record_metric,
+    record_progress,
+)
+from workers.attempt.folders import AttemptFolder, delete_checkpoint
+from workers.attempt.insist import Insistent
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class ReportWriter:
+    """Writes for one holder. Each call waits until Postgres answers (``Insistent``)."""
+
+    store: Insistent
+    settings: Settings
+    holder: Holder
+    folder: AttemptFolder
+    keep_checkpoints: int = 1
+
+    def write(self, report: Report) -> bool:
+        """False: stale.
+
+        Raises:
+            GivenUp: Postgres did not answer, and the attempt is given up.
+            ValueError: the report names files that are not the attempt's.
+        """
+        call, holder = self.store.call, self.holder
+        match report:
+            case Listening(port=port):
+                return call(publish_rendezvous, holder, f"{self._rank_host()}:{port}")
+            case Ready():
+                how = "was warm" if report.warm else f"was loaded in {report.seconds:.1f} s"
+                data: dict[str, Any] = {"seconds": report.seconds, "warm": report.warm}
+                return call(record_event, holder, "ready", f"the model {how}", data)
+            case Progress():
+                return call(record_progress, holder, report.model_dump(exclude={"type"}))
+            case Metric():
+                return call(record_metric, holder, report.split, report.step, report.values)
+            case CheckpointWritten():
+                return self._commit_checkpoint(report)
+            case ArtifactWritten():
+                facts = report.model_dump(include={"name", "kind", "size", "sha256"})
+                path = self.folder.relative(report.path)
+                return call(record_artifact, holder, path=path, **facts)
+            case Notice():
+                told = {**report.data, "code": report.code}
+                return call(record_event, holder, "notice", report.message, told)
+            case ShardComputed():
+                seconds = report.seconds
+                return call(commit_shard, holder, report.index, report.results, seconds)
+            case Done() | Failed():
+                raise AssertionError(f"'{report.type}' is for the attempt's thread to act on")
+
+    def append_log(self, text: str) -> bool:
+        return self.store.call(append_log, self.holder, text)
+
+    def _commit_checkpoint(self, report: CheckpointWritten) -> bool:
+        path = self.folder.relative(report.path)
+        if not self.store.call(commit_checkpoint, self.holder, report.step, path, report.manifest):
+            return False
+        old = self.store.call(forget_checkpoints, self.holder, self.keep_checkpoints)
+        for forgotten in old or ():
+            delete_checkpoint(self.settings.data, forgotten)
+        return old is not None
+
+    def _rank_host(self) -> str:
+        hosts = self.store.call(_hosts_of, self.holder.attempt_id)
+        return self.settings.rank_host or (
+            LOOPBACK if len(hosts) == 1 else own_address(self.settings)
+        )
+
+
+def _hosts_of(session: Session, attempt_id: str) -> set[str]:
+    leases = list_leases(session, [attempt_id])
+    return {lease.device_id.partition("@")[2] for lease in leases}
+
+
+def own_address(settings: Settings) -> str:
+    """The address under which other hosts reach this one: the one from which it reaches the broker,
+    unless that runs here."""
+    broker = urlsplit(settings.broker_url).hostname or LOOPBACK
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((broker, 9))  # connecting a datagram socket sends nothing
+            address = str(probe.getsockname()[0])
+        except OSError:
+            address = LOOPBACK
+    return socket.gethostname() if address.startswith("127.") else address

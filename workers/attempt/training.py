@@ -1,0 +1,132 @@
+"""A training attempt on one device: a rank process of its own, from launch to its last report."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+from shared.messages import (
+    CheckpointRef,
+    FileDigest,
+    JoinRendezvous,
+    Stop,
+    TrainAssignment,
+)
+from shared.resolved import Resolved
+from shared.specs import TrainSpec
+from shared.store.claim import Claimed
+from workers.attempt.folders import AttemptFolder
+from workers.attempt.inbox import Inbox
+from workers.attempt.outcome import (
+    Failed,
+    Finished,
+    OomWatch,
+    Outcome,
+    Stale,
+    classify_exit,
+    last_line,
+)
+from workers.attempt.reporter import Reporter
+from workers.attempt.site import Site
+from workers.attempt.watch import Watch
+from workers.channel import ChannelClosed
+from workers.launch import Exit, RankProcess, launch
+
+log = logging.getLogger(__name__)
+
+
+def run_training(
+    site: Site,
+    claimed: Claimed,
+    folder: AttemptFolder,
+    inbox: Inbox,
+    reporter: Reporter,
+    deadline: float | None,
+) -> Outcome:
+    """Returns once no process of the rank lives.
+
+    Raises:
+        LaunchFailed: no rank could be started.
+    """
+    site.engine.end()  # a training rank has its device to itself
+    rank_number = claimed.holder.rank
+    log_path = folder.log(rank_number, site.device.id)
+    oom = OomWatch()
+    with launch(site.nursery, "train", env=site.device.environment, log_path=log_path) as rank:
+        joined: list[str] = []
+
+        def send_rendezvous() -> None:
+            if inbox.rendezvous is not None and not joined:
+                joined.append(inbox.rendezvous)
+                _send(rank, JoinRendezvous(address=inbox.rendezvous))
+
+        _send(rank, training_assignment(site, claimed, folder))
+        watch = Watch(
+            rank,
+            claimed.holder.attempt_id,
+            inbox,
+            reporter,
+            deadline,
+            reporter.put,
+            send_rendezvous,
+        )
+        end = watch.until_end()
+        if isinstance(end, Finished):
+            rank.wait(site.settings.end_grace)
+        elif not isinstance(end, Exit):
+            _send(rank, Stop(reason=type(end).__name__.lower()))
+        exit = rank.end(0 if isinstance(end, Stale) else site.settings.end_grace)
+        if isinstance(end, Finished | Stale):
+            return end
+        # A rank may have finished, or have made a checkpoint, just before its end was ordered.
+        rest = watch.read_rest()
+        if isinstance(rest, Finished):
+            return rest
+        if not isinstance(end, Exit):
+            return end
+        if isinstance(rest, Failed):
+            return rest
+        return classify_exit(
+            f"rank {rank_number}",
+            exit,
+            out_of_memory=oom.struck(),
+            last_words=last_line(log_path),
+        )
+
+
+def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> TrainAssignment:
+    resolved = Resolved.model_validate(claimed.resolved)
+    data = site.settings.data
+    inputs = {name: str(data / entry.path) for name, entry in resolved.inputs.items()}
+    return TrainAssignment(
+        job_id=claimed.holder.job_id,
+        attempt_id=claimed.holder.attempt_id,
+        attempt=claimed.attempt_number,
+        token=claimed.holder.token,
+        rank=claimed.holder.rank,
+        world_size=claimed.world_size,
+        device=site.device.handle,
+        spec=TrainSpec.model_validate(claimed.spec),
+        model_path=resolved.model.path,
+        train_path=inputs["train"],
+        validation_path=inputs.get("validation"),
+        work_dir=str(folder.path),
+        resume_from=tuple(
+            CheckpointRef(
+                id=each.id,
+                step=each.step,
+                path=str(data / each.path),
+                manifest={
+                    name: FileDigest.model_validate(digest)
+                    for name, digest in each.manifest.items()
+                },
+            )
+            for each in claimed.checkpoints
+        ),
+    )
+
+
+def _send(rank: RankProcess, message: TrainAssignment | JoinRendezvous | Stop) -> None:
+    # A rank that is gone says so by its exit, which the watch sees next.
+    with contextlib.suppress(ChannelClosed):
+        rank.channel.send(message)

@@ -1,0 +1,123 @@
+"""Watching a process of ranks: reports, its end, the inbox and the clock, whichever comes first."""
+
+from __future__ import annotations
+
+import logging
+import select
+import time
+from collections.abc import Callable
+
+from shared.lifecycle import FailureClass
+from shared.messages import Done, Failed, Report
+from workers.attempt.inbox import Inbox
+from workers.attempt.outcome import Finished, Outcome, failed
+from workers.attempt.reporter import Reporter
+from workers.channel import ChannelClosed, ProtocolError
+from workers.launch import Exit, RankProcess
+
+log = logging.getLogger(__name__)
+
+CLOSED_PATIENCE = 5.0
+"""Seconds that a process may live on after it has closed its channel."""
+
+
+class Watch:
+    """One process on behalf of one attempt.
+
+    ``on_report`` gets every report but ``Done`` and ``Failed``; ``on_change`` runs after every
+    wake-up and may send orders. Both run in the thread that calls ``until_end``.
+    """
+
+    def __init__(
+        self,
+        process: RankProcess,
+        attempt_id: str,
+        inbox: Inbox,
+        reporter: Reporter,
+        deadline: float | None,
+        on_report: Callable[[Report], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self._process = process
+        self._attempt_id = attempt_id
+        self._inbox = inbox
+        self._reporter = reporter
+        self._deadline = deadline
+        self._on_report = on_report
+        self._on_change = on_change
+        self._closed_at: float | None = None
+        self.said_so = False
+        """Whether the process itself said how its work ended."""
+
+    def until_end(self) -> Outcome | Exit:
+        """How the attempt shall end, or how the process ended without having said so."""
+        while True:
+            self._inbox.clear()
+            if (end := self._inbox.end) is not None:
+                return end
+            said = self._read_reports()
+            if said is not None:
+                return said
+            if (exit := self._process.poll()) is not None:
+                return exit
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                return failed(
+                    FailureClass.DEADLINE,
+                    "deadline",
+                    "the attempt reached its time limit (timeout_seconds)",
+                    "Allow more time, or use smaller work.",
+                )
+            if self._closed_at is not None and time.monotonic() - self._closed_at > CLOSED_PATIENCE:
+                return self._process.end(grace=0)
+            self._on_change()
+            self._wait()
+
+    def read_rest(self) -> Outcome | None:
+        """What the process had reported before it ended and nobody has read yet."""
+        return self._read_reports(patiently=True)
+
+    def _read_reports(self, *, patiently: bool = False) -> Outcome | None:
+        # While too much waits for Postgres, it stays in the socket.
+        while self._closed_at is None and (patiently or not self._reporter.full):
+            try:
+                report = self._process.channel.receive(0)
+            except ChannelClosed:
+                self._closed_at = time.monotonic()
+                return None
+            except ProtocolError as error:
+                log.warning("a line that is no report is skipped: %s", error)
+                continue
+            if report is None:
+                return None
+            if (said := self._said(report)) is not None:
+                return said
+        return None
+
+    def _said(self, report: Report) -> Outcome | None:
+        # An engine may still speak of the attempt before.
+        if getattr(report, "attempt_id", self._attempt_id) != self._attempt_id:
+            return None
+        match report:
+            case Done(summary=summary):
+                self.said_so = True
+                return Finished(summary)
+            case Failed():
+                self.said_so = True
+                return failed(report.failure_class, report.code, report.message, report.hint)
+            case _:
+                self._on_report(report)
+                return None
+
+    def _wait(self) -> None:
+        poll = select.poll()
+        poll.register(self._inbox.fileno(), select.POLLIN)
+        poll.register(self._process.fileno(), select.POLLIN)
+        if self._closed_at is None and not self._reporter.full:
+            poll.register(self._process.channel.fileno(), select.POLLIN)
+        now = time.monotonic()
+        until = [now + 60.0]
+        if self._deadline is not None:
+            until.append(self._deadline)
+        if self._closed_at is not None:
+            until.append(self._closed_at + CLOSED_PATIENCE)
+        poll.poll(max(0.0, min(until) - now) * 1000 + 1)
