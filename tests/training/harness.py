@@ -1,0 +1,299 @@
+"""Runs training ranks as real processes, without a worker: the harness plays the worker's side.
+
+``Gang(assignment).run()`` starts one process a rank (forked from a parent that has imported torch
+already), answers the rendezvous, and collects every report. ``on_report`` lets a test act at an event.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+from shared.messages import (
+    CheckpointRef,
+    CheckpointWritten,
+    DeviceHandle,
+    Done,
+    Failed,
+    FromRank,
+    JoinRendezvous,
+    Listening,
+    Report,
+    Stop,
+    ToRank,
+    TrainAssignment,
+)
+from shared.specs import TrainSpec
+from workers.channel import Channel, ChannelClosed
+
+DEADLINE = 60.0
+R = TypeVar("R")
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["workers.ranks.train", "transformers.models.bert.modeling_bert", "tests.training.harness"]
+)
+
+
+def run_rank(sock: socket.socket, log: str, environment: dict[str, str]) -> None:
+    """What a rank's process runs; its exit code is what ``main`` returned."""
+    os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment})
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from workers.ranks.train import main
+
+    code = main(Channel(sock, ToRank))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+@dataclass
+class Gang:
+    """The ranks of one attempt. ``join`` False leaves the order to join unsent."""
+
+    assignment: TrainAssignment
+    environment: dict[str, str] = field(default_factory=dict)
+    join: bool = True
+    ranks: Sequence[int] | None = None
+    """Which ranks to start; all of them by default."""
+
+    def __post_init__(self) -> None:
+        self.reports: list[tuple[int, Report]] = []
+        self.processes: dict[int, BaseProcess] = {}
+        self._channels: dict[int, Channel[Any]] = {}
+
+    @property
+    def log(self) -> Path:
+        return Path(self.assignment.work_dir) / "rank.log"
+
+    def start(self) -> None:
+        work = Path(self.assignment.work_dir)
+        (work / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (work / "artifacts").mkdir(exist_ok=True)
+        ranks = range(self.assignment.world_size) if self.ranks is None else self.ranks
+        for rank in ranks:
+            ours, theirs = socket.socketpair()
+            process = _context.Process(
+                target=run_rank, args=(theirs, str(self.log), self.environment), daemon=True
+            )
+            process.start()
+            theirs.close()
+            channel: Channel[Any] = Channel(ours, FromRank)
+            channel.send(self.assignment.model_copy(update={"rank": rank}))
+            self.processes[rank], self._channels[rank] = process, channel
+
+    def run(self, on_report: Callable[[int, Report], None] | None = None) -> Gang:
+        """Start, and collect reports until every rank is gone; fails after ``DEADLINE`` seconds."""
+        self.start()
+        try:
+            self._collect(on_report or (lambda _rank, _report: None))
+        finally:
+            for process in self.processes.values():
+                process.kill()
+                process.join(10)
+            for channel in self._channels.values():
+                channel.close()
+        return self
+
+    def kill(self, rank: int) -> None:
+        """SIGKILL."""
+        self.processes[rank].kill()
+
+    def order_stop(self, rank: int, reason: str = "cancelled") -> None:
+        self._channels[rank].send(Stop(reason=reason))
+
+    def exit_code(self, rank: int) -> int | None:
+        return self.processes[rank].exitcode
+
+    def of(self, kind: type[R]) -> list[R]:
+        """The reports of one kind, of all ranks, in the order they came."""
+        return [report for _, report in self.reports if isinstance(report, kind)]
+
+    @property
+    def done(self) -> Done:
+        """Rank 0's; fails with the log where the gang did not get there."""
+        found = [r for rank, r in self.reports if rank == 0 and isinstance(r, Done)]
+        assert found, f"not done: {self.of(Failed)}\n{self.log.read_text()}"
+        return found[0]
+
+    @property
+    def failed(self) -> Failed:
+        """The first failure that was reported."""
+        failures = self.of(Failed)
+        assert failures, f"no failure\n{self.log.read_text()}"
+        return failures[0]
+
+    @property
+    def checkpoints(self) -> tuple[CheckpointRef, ...]:
+        """Newest first, as the next attempt is given them."""
+        return tuple(
+            CheckpointRef(id=f"ckpt_{r.step}", step=r.step, path=r.path, manifest=r.manifest)
+            for r in reversed(self.of(CheckpointWritten))
+        )
+
+    @property
+    def model(self) -> Path:
+        return Path(self.assignment.work_dir) / "artifacts" / "model"
+
+    @property
+    def weights(self) -> str:
+        """SHA-256 of the delivered weights."""
+        return hashlib.sha256((self.model / "model.safetensors").read_bytes()).hexdigest()
+
+    def _collect(self, on_report: Callable[[int, Report], None]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        open_channels = dict(self._channels)
+        while open_channels:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(
+                    f"ranks are not done: {self.reports[-3:]}\n{self.log.read_text()}"
+                )
+            ready, _, _ = select.select(list(open_channels.values()), [], [], left)
+            for rank, channel in list(open_channels.items()):
+                if channel in ready:
+                    self._receive(rank, channel, open_channels, on_report)
+        for process in self.processes.values():
+            process.join(max(0.1, deadline - time.monotonic()))
+
+    def _receive(
+        self,
+        rank: int,
+        channel: Channel[Any],
+        open_channels: dict[int, Channel[Any]],
+        on_report: Callable[[int, Report], None],
+    ) -> None:
+        try:
+            while (report := channel.receive(0)) is not None:
+                self.reports.append((rank, report))
+                if isinstance(report, Listening) and self.join:
+                    self._order_join(f"127.0.0.1:{report.port}")
+                on_report(rank, report)
+        except ChannelClosed:
+            del open_channels[rank]
+
+    def _order_join(self, address: str) -> None:
+        for channel in self._channels.values():
+            channel.send(JoinRendezvous(address=address))
+
+
+def make_assignment(
+    work_dir: Path,
+    model: Path,
+    train: Path,
+    *,
+    ranks: int = 1,
+    validation: Path | None = None,
+    validation_split: float | None = None,
+    checkpoint: dict[str, Any] | None = None,
+    columns: dict[str, str] | None = None,
+    resume_from: Iterable[CheckpointRef] = (),
+    **hyperparameters: Any,
+) -> TrainAssignment:
+    """An assignment as the worker would make it; options not named are hyperparameters."""
+    data: dict[str, Any] = {"train": str(train), "columns": columns or {}}
+    if validation is not None:
+        data["validation"] = str(validation)
+    if validation_split is not None:
+        data["validation_split"] = validation_split
+    spec = TrainSpec.model_validate(
+        {
+            "kind": "train",
+            "task": "text-classification",
+            "model": model.name,
+            "data": data,
+            "hyperparameters": hyperparameters,
+            "resources": {"devices": ranks},
+            "checkpoint": checkpoint or {"every_seconds": None},
+        }
+    )
+    return TrainAssignment(
+        job_id="job_test",
+        attempt_id="attempt_test",
+        attempt=1,
+        token=1,
+        rank=0,
+        world_size=ranks,
+        device=DeviceHandle(id="cpu0@test", kind="cpu", memory_bytes=1 << 30, threads=1),
+        spec=spec,
+        model_path=str(model),
+        train_path=str(train),
+        validation_path=None if validation is None else str(validation),
+        work_dir=str(work_dir),
+        resume_from=tuple(resume_from),
+    )
+
+
+TOPICS = {
+    "animal": ["fish", "dog", "cat", "bird", "horse"],
+    "food": ["bread", "soup", "rice", "cake", "apple"],
+    "place": ["town", "river", "hill", "lake", "road"],
+}
+FILLER = ["the", "a", "of", "with", "very", "old", "new", "small", "large", "and", "is", "in"]
+
+
+def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Texts of 3 to 24 words; a few words of the topic give the label away."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        label = draw.choice(sorted(TOPICS))
+        words = draw.choices(FILLER, k=draw.randint(2, 22))
+        words += draw.choices(TOPICS[label], k=draw.randint(2, 4))
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "label": label})
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_bert(folder: Path, seed: int = 0) -> Path:
+    """A BERT encoder of 2 layers and 32 hidden, untrained, with a word-level tokenizer."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLER, *(w for t in TOPICS.values() for w in t)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        pad_token_id=0,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder

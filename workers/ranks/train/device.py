@@ -1,0 +1,84 @@
+"""The one place that knows CPU from CUDA: which torch device, which backend, which precision."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from shared.lifecycle import FailureClass
+from shared.messages import DeviceHandle
+from shared.specs import Precision
+from workers.ranks.train.failures import TrainingFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """What a rank computes on, opened by ``open_device``."""
+
+    device: torch.device
+    backend: str
+    """Of the process group: gloo or nccl."""
+    half: torch.dtype | None
+    """What autocast computes matrix products in; None: everything is fp32."""
+
+    @property
+    def precision(self) -> str:
+        return "fp32" if self.half is None else "bf16"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """For forward passes; parameters, gradients and the optimizer stay fp32."""
+        return torch.autocast(self.device.type, dtype=self.half, enabled=self.half is not None)
+
+    def seed(self, value: int) -> None:
+        """Reseed everything that dropout draws from."""
+        torch.manual_seed(value)
+
+    def peak_memory(self) -> int | None:
+        """Bytes that tensors held at most so far; None where that is not counted."""
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device)
+
+
+def open_device(handle: DeviceHandle, precision: Precision) -> Compute:
+    """Bind the process to its device and switch on deterministic kernels.
+
+    Must be the first thing that touches the device: both environment variables are read when CUDA
+    is initialised. The CUDA part follows PyTorch's notes on reproducibility; it has not been run.
+
+    Raises:
+        TrainingFailed: the device is not there (lost_device), or cannot compute in bf16.
+    """
+    torch.set_num_threads(handle.threads)
+    torch.use_deterministic_algorithms(True)
+    # With deterministic algorithms torch also fills every new tensor with NaN: nothing here reads
+    # memory it has not written, so that would be time for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    half = torch.bfloat16 if precision == "bf16" or (precision == "auto" and handle.bf16) else None
+    if handle.kind == "cpu":
+        return Compute(device=torch.device("cpu"), backend="gloo", half=half)
+
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    if handle.uuid is not None:
+        # One device a process, found by what survives a renumbering.
+        os.environ["CUDA_VISIBLE_DEVICES"] = handle.uuid
+    if not torch.cuda.is_available():
+        raise TrainingFailed(
+            FailureClass.LOST_DEVICE,
+            "device_unavailable",
+            f"device '{handle.id}' cannot be opened: CUDA sees no GPU",
+            "Look at the worker's host: driver, container device access, or a GPU that fell off.",
+        )
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    if half is not None and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise TrainingFailed(
+            FailureClass.USER_ERROR,
+            "precision_unsupported",
+            f"device '{handle.id}' does not compute in bf16",
+            "Ask for resources.features ['bf16'], or set hyperparameters.precision to 'fp32'.",
+        )
+    return Compute(device=device, backend="nccl", half=half)

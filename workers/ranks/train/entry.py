@@ -1,0 +1,314 @@
+"""The life of a training rank, in reading order: meet, read, load, resume, train, deliver."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from shared.lifecycle import FailureClass
+from shared.messages import Done, Failed, Ready, TrainAssignment
+from workers.ranks.loading import LoadError
+from workers.ranks.train.data import LabelledTexts, find_labels, read_texts, split
+from workers.ranks.train.deliver import deliver
+from workers.ranks.train.device import Compute, open_device
+from workers.ranks.train.evaluate import Evaluation, by_label
+from workers.ranks.train.failures import Stopped, TrainingFailed, explain
+from workers.ranks.train.gang import join
+from workers.ranks.train.loop import Trainer
+from workers.ranks.train.model import (
+    Loaded,
+    freeze,
+    load,
+    make_optimizer,
+    order_labels,
+)
+from workers.ranks.train.order import BatchPlan, plan_batches
+from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
+from workers.ranks.train.reports import RankChannel, Reporter
+from workers.ranks.train.schedule import Schedule, make_schedule
+from workers.ranks.train.state import (
+    Position,
+    Resumed,
+    fingerprint,
+    require_agreement,
+    resume,
+)
+
+SUCCEEDED, FAILED, STOPPED = 0, 1, 3
+"""Exit codes. ``STOPPED``: the worker ordered it, or is gone."""
+
+
+def main(channel: RankChannel) -> int:
+    """Run one rank of one attempt at a training job; returns its exit code.
+
+    Every end but ``STOPPED`` is reported on the channel, as ``Done`` or as ``Failed``.
+    """
+    reporter = Reporter(channel)
+    attempt = ""
+    try:
+        assignment = reporter.receive_assignment()
+        attempt = assignment.attempt_id
+        _run(assignment, reporter)
+    except Stopped as order:
+        reporter.say(f"stopped: {order}")
+        return STOPPED
+    except BaseException as error:
+        return _fail(reporter, attempt, error)
+    return SUCCEEDED
+
+
+def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
+    spec, options = assignment.spec, assignment.spec.hyperparameters
+    compute = open_device(assignment.device, options.precision)
+    gang = join(assignment, compute, reporter)
+
+    began = time.monotonic()
+    model_path = Path(assignment.model_path)
+    labels = order_labels(find_labels(Path(assignment.train_path), spec.data.columns), model_path)
+    loaded = load(model_path, labels, options)
+    training, validation = _read(assignment, loaded)
+    plan, schedule = _plan(assignment, len(training))
+    pad = loaded.tokenizer.pad_token_id
+    _require_fitting_tokenizer(loaded, training, validation)
+
+    model = loaded.model
+    model.to(compute.device)  # type: ignore[arg-type]
+    frozen = freeze(model, options.freeze)
+    unused = set_aside_unused(model, warm_up_batch(training, plan, pad, compute), compute)
+    optimizer = make_optimizer(model, options)
+    own = fingerprint(spec, training.digest(), model)
+    require_agreement(gang, own)
+    _say_what(reporter, assignment, loaded, compute, frozen, unused)
+    _say_how_much(reporter, training, validation, labels, plan)
+
+    resumed = resume(assignment, model, optimizer, own, gang, reporter)
+    position = resumed.position if resumed else Position()
+    if resumed:
+        reporter.say(
+            f"resumed from the checkpoint of step {position.step}: "
+            f"{plan.total_steps - position.step} steps to go"
+        )
+    trainer = Trainer(
+        spec=spec,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        plan=plan,
+        labels=labels,
+        training=training,
+        validation=validation,
+        pad=pad,
+        compute=compute,
+        gang=gang,
+        reporter=reporter,
+        checkpoints=Path(assignment.work_dir) / "checkpoints",
+        fingerprint=own,
+    )
+    reporter.send(Ready(seconds=time.monotonic() - began))
+
+    first, train_began = position.step, time.monotonic()
+    evaluation = trainer.run(position)
+    seconds = time.monotonic() - train_began
+    gang.leave()
+
+    summary: dict[str, Any] = {}
+    if gang.rank == 0:
+        summary = _summary(plan, position, evaluation, resumed, first, seconds)
+        _deliver(assignment, loaded, plan, position, evaluation, summary, compute, reporter)
+    reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
+
+
+def _read(
+    assignment: TrainAssignment, loaded: Loaded
+) -> tuple[LabelledTexts, LabelledTexts | None]:
+    """Training and validation data: from a file of its own, split off, or none."""
+    data, seed = assignment.spec.data, assignment.spec.hyperparameters.seed
+
+    def read(path: str) -> LabelledTexts:
+        return read_texts(
+            Path(path), data.columns, loaded.labels, loaded.tokenizer, loaded.max_length
+        )
+
+    training = read(assignment.train_path)
+    if assignment.validation_path is not None:
+        return training, read(assignment.validation_path)
+    if data.validation_split is not None:
+        return split(training, data.validation_split, seed)
+    return training, None
+
+
+def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedule]:
+    options = assignment.spec.hyperparameters
+    try:
+        plan = plan_batches(
+            examples=examples,
+            ranks=assignment.world_size,
+            global_batch=options.batch_size,
+            micro_batch=options.micro_batch_size,
+            epochs=options.epochs,
+            max_steps=options.max_steps,
+        )
+        return plan, make_schedule(options, plan.total_steps)
+    except ValueError as error:
+        raise TrainingFailed(
+            FailureClass.USER_ERROR,
+            "contradictory_hyperparameters",
+            str(error),
+            "Change one of the two hyperparameters.",
+        ) from error
+
+
+def _require_fitting_tokenizer(
+    loaded: Loaded, training: LabelledTexts, validation: LabelledTexts | None
+) -> None:
+    largest = max(training.largest_token, validation.largest_token if validation else 0)
+    known = _vocabulary(loaded.model)
+    if largest >= known:
+        raise LoadError(
+            "model_unsuitable",
+            f"the tokenizer made token {largest}, and the model knows {known}: they do not belong "
+            "together",
+        )
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    """Tokens that the model has embeddings for."""
+    embeddings = model.get_input_embeddings()
+    return next(embeddings.parameters()).shape[0]
+
+
+def _say_what(
+    reporter: Reporter,
+    assignment: TrainAssignment,
+    loaded: Loaded,
+    compute: Compute,
+    frozen: int,
+    unused: int,
+) -> None:
+    model = loaded.model
+    head = "a new classification head" if loaded.fresh_head else "its own classification head"
+    aside = (f", {frozen:,} frozen" if frozen else "") + (f", {unused:,} unused" if unused else "")
+    reporter.say(
+        f"model {Path(assignment.model_path).name}: {type(model).__name__}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters{aside}, {head} for "
+        f"{len(loaded.labels)} labels"
+    )
+    reporter.say(
+        f"device {assignment.device.id} ({compute.device.type}), precision {compute.precision}, "
+        f"{assignment.device.threads} thread(s), {assignment.world_size} rank(s)"
+        + (f" over {compute.backend}" if assignment.world_size > 1 else "")
+    )
+
+
+def _say_how_much(
+    reporter: Reporter,
+    training: LabelledTexts,
+    validation: LabelledTexts | None,
+    labels: tuple[str, ...],
+    plan: BatchPlan,
+) -> None:
+    reporter.say(
+        f"data: {len(training):,} training and {len(validation) if validation else 0:,} validation "
+        f"examples, {len(labels)} labels; tokens an example: median "
+        f"{int(np.median(training.lengths))}, longest {int(training.lengths.max())}"
+        + (f"; {training.truncated:,} cut" if training.truncated else "")
+    )
+    reporter.say(
+        f"batch: {plan.ranks} ranks x {plan.micro_batch} micro-batch x {plan.accumulation} "
+        f"accumulation = {plan.global_batch} global batch; {plan.steps_per_epoch} steps an epoch, "
+        f"{plan.total_steps} steps in all"
+        + (
+            f"; the last batch of an epoch has {plan.last_batch}"
+            if plan.last_batch != plan.global_batch
+            else ""
+        )
+    )
+
+
+def _summary(
+    plan: BatchPlan,
+    position: Position,
+    evaluation: Evaluation | None,
+    resumed: Resumed | None,
+    first: int,
+    seconds: float,
+) -> dict[str, Any]:
+    """``seconds`` and the rate are of this attempt, ``steps`` and ``epochs`` of the whole training."""
+    examples = sum(
+        plan.last_batch if (step + 1) % plan.steps_per_epoch == 0 else plan.global_batch
+        for step in range(first, position.step)
+    )
+    return {
+        "steps": position.step,
+        "epochs": position.step / plan.steps_per_epoch,
+        "metrics": evaluation.values() if evaluation else {},
+        "seconds": round(seconds, 3),
+        "examples_per_second": round(examples / max(1e-9, seconds), 3),
+        "resumed_from": {"checkpoint": resumed.checkpoint.id, "step": resumed.checkpoint.step}
+        if resumed
+        else None,
+    }
+
+
+def _deliver(
+    assignment: TrainAssignment,
+    loaded: Loaded,
+    plan: BatchPlan,
+    position: Position,
+    evaluation: Evaluation | None,
+    summary: Mapping[str, Any],
+    compute: Compute,
+    reporter: Reporter,
+) -> None:
+    metrics = {
+        **summary,
+        "labels": list(loaded.labels),
+        "global_batch": plan.global_batch,
+        "training_seconds": round(position.seconds, 3),
+        "peak_memory_bytes": compute.peak_memory(),
+        "evaluations": position.evaluations,
+        "best": max(position.evaluations, key=lambda entry: entry["accuracy"], default=None),
+        "per_class": by_label(evaluation, loaded.labels) if evaluation else {},
+    }
+    artifacts = Path(assignment.work_dir) / "artifacts"
+    for file in deliver(artifacts, loaded.model, loaded.tokenizer, metrics):
+        reporter.artifact(artifacts, file)
+    reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")
+
+
+def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:
+    """Report what ended the rank. The log gets a traceback only where nobody foresaw the error."""
+    failure = explain(error)
+    if failure.code == "peer_lost" and _stop_is_waiting(reporter):
+        return STOPPED
+    if not isinstance(error, TrainingFailed | LoadError):
+        traceback.print_exception(error)
+    reporter.say(f"failed: {failure.message}" + (f" {failure.hint}" if failure.hint else ""))
+    try:
+        reporter.send(
+            Failed(
+                attempt_id=attempt,
+                failure_class=failure.failure_class,
+                code=failure.code,
+                message=failure.message,
+                hint=failure.hint,
+            )
+        )
+    except Stopped:
+        return STOPPED
+    return FAILED
+
+
+def _stop_is_waiting(reporter: Reporter) -> bool:
+    """Whether the peer is gone because the worker is ending the gang."""
+    try:
+        reporter.check_orders()
+    except Stopped:
+        return True
+    return False

@@ -1,0 +1,113 @@
+"""What can end a rank, and how each is told: class, code, message, hint. No user sees a traceback."""
+
+from __future__ import annotations
+
+import errno
+import re
+
+import torch
+import torch.distributed as dist
+
+from shared.lifecycle import FailureClass
+from workers.ranks.loading import LoadError
+
+
+class TrainingFailed(Exception):
+    """The work cannot go on, for a reason that is known and told."""
+
+    def __init__(
+        self, failure_class: FailureClass, code: str, message: str, hint: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.failure_class = failure_class
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+
+class DataProblem(TrainingFailed):
+    """The data cannot be used as they are; ``line`` counts from 1."""
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        name: str | None = None,
+        line: int | None = None,
+        hint: str | None = None,
+    ) -> None:
+        place = "" if name is None else f"{name}: " if line is None else f"{name}, line {line}: "
+        super().__init__(FailureClass.DATA_ERROR, code, f"{place}{message}", hint)
+
+
+class Stopped(Exception):
+    """The worker ordered the rank to end, or is gone. Nothing is reported: nobody waits for it."""
+
+
+# What gloo, NCCL and TCPStore say when the process at the other end of a connection is gone.
+_PEER_GONE = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset|refused|aborted)|broken pipe|"
+    r"socket (timeout|closed)|timed out waiting|unhandled system error",
+    re.IGNORECASE,
+)
+_OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory", re.IGNORECASE)
+_DISK_FULL = re.compile(r"no space left|os error 28|disk quota exceeded", re.IGNORECASE)
+
+
+def explain(error: BaseException) -> TrainingFailed:
+    """Classify what ended the rank.
+
+    The order matters: an out-of-memory error inside NCCL names both, and memory is the cause.
+    """
+    if isinstance(error, TrainingFailed):
+        return error
+    if isinstance(error, LoadError):
+        return TrainingFailed(FailureClass.USER_ERROR, error.code, error.message, error.hint)
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _OUT_OF_MEMORY.search(text):
+        return TrainingFailed(
+            FailureClass.OUT_OF_MEMORY,
+            "out_of_memory",
+            "the device's memory did not suffice for the model and its batches",
+            "Set a smaller hyperparameters.micro_batch_size (batch_size stays: gradients are "
+            "accumulated) or a smaller max_length, or ask for more resources.memory_gb.",
+        )
+    if _is_disk_full(error, text):
+        return TrainingFailed(
+            FailureClass.INFRASTRUCTURE,
+            "disk_full",
+            "the worker's disk is full: a checkpoint or the model could not be written",
+            "Free space on the worker's data folder, or keep fewer checkpoints (checkpoint.keep).",
+        )
+    if isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError | OSError) and _PEER_GONE.search(text)
+    ):
+        return TrainingFailed(
+            FailureClass.LOST_WORKER,
+            "peer_lost",
+            "another rank of the gang is gone",
+            "Its own failure, where it reported one, says why.",
+        )
+    if re.search(r"CUDA error|device-side assert|AcceleratorError", text):
+        return TrainingFailed(
+            FailureClass.LOST_DEVICE, "device_error", f"the device failed: {_first_line(error)}"
+        )
+    return TrainingFailed(
+        FailureClass.INFRASTRUCTURE,
+        "internal_error",
+        f"training stopped on an unexpected {type(error).__name__}: {_first_line(error)}",
+        "The job's log has the details.",
+    )
+
+
+def _is_disk_full(error: BaseException, text: str) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors is written in Rust and wraps the error in one of its own.
+    return _DISK_FULL.search(text) is not None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,294 @@
+"""The training loop: forward, backward, agree, update, and what is due between the steps.
+
+Randomness is reseeded for every micro-batch from (seed, step, rank, micro-batch), so a step that is
+computed again after a crash is bitwise the step that was computed before, on the same world size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from shared.lifecycle import FailureClass
+from shared.messages import CheckpointWritten, Metric, Progress
+from shared.specs import TrainSpec
+from workers.ranks.checkpoint import CheckpointWriter, Written
+from workers.ranks.train.data import LabelledTexts
+from workers.ranks.train.device import Compute
+from workers.ranks.train.evaluate import Evaluation, evaluate
+from workers.ranks.train.failures import TrainingFailed
+from workers.ranks.train.gang import Gang
+from workers.ranks.train.order import BatchPlan, Indices, derive, epoch_order, micro_batches
+from workers.ranks.train.parallel import batch_loss, parallelise, warm_up_batch
+from workers.ranks.train.reports import Reporter
+from workers.ranks.train.schedule import Schedule
+from workers.ranks.train.state import Fingerprint, Position, describe, snapshot
+
+_TRAIN_METRICS = 100
+"""Training metrics kept over a whole training, about."""
+
+
+class Trainer:
+    """One rank's training: ``run`` takes it from ``position`` to the last step."""
+
+    def __init__(
+        self,
+        *,
+        spec: TrainSpec,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        plan: BatchPlan,
+        labels: Sequence[str],
+        training: LabelledTexts,
+        validation: LabelledTexts | None,
+        pad: int,
+        compute: Compute,
+        gang: Gang,
+        reporter: Reporter,
+        checkpoints: Path,
+        fingerprint: Fingerprint,
+    ) -> None:
+        self._spec = spec
+        self._options = spec.hyperparameters
+        self._model = model
+        self._optimizer = optimizer
+        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._schedule = schedule
+        self._plan = plan
+        self._labels = labels
+        self._training = training
+        self._validation = validation
+        self._pad = pad
+        self._compute = compute
+        self._gang = gang
+        self._reporter = reporter
+        self._fingerprint = fingerprint
+        self._writer = CheckpointWriter(checkpoints, spec.checkpoint.keep, self._checkpoint_written)
+        self._blocked = 0.0
+        self._wrapped = parallelise(
+            model, warm_up_batch(training, plan, pad, compute), compute, gang
+        )
+        self._order: tuple[int, Indices] | None = None
+
+    def run(self, position: Position) -> Evaluation | None:
+        """Train to the end; returns the evaluation of the final model, where there is validation.
+
+        ``position`` moves on with the training.
+
+        Raises:
+            TrainingFailed: the loss is no longer finite (user_error).
+            Stopped: the worker ordered it, or is gone; nothing further is written.
+        """
+        plan, reporter = self._plan, self._reporter
+        began = saved = time.monotonic()
+        before = position.seconds
+        evaluation: Evaluation | None = None
+        kept, spoken = _Means(), _Means()
+        while position.step < plan.total_steps:
+            reporter.check_orders()
+            step_began = time.monotonic()
+            epoch, place = plan.place(position.step)
+            batch = self._batch(epoch, place)
+            loss, norm, tokens = self._step(position.step, batch)
+            position.step += 1
+            now = time.monotonic()
+            position.seconds = before + now - began
+            rate = self._schedule.rate(position.step - 1)
+            for means in (kept, spoken):
+                means.add(loss, norm, len(batch), tokens, now - step_began)
+            reporter.progress(
+                Progress(
+                    step=position.step,
+                    total_steps=plan.total_steps,
+                    epoch=epoch + (place + 1) / plan.steps_per_epoch,
+                    loss=loss,
+                    learning_rate=rate,
+                    examples_per_second=spoken.examples_per_second,
+                    tokens_per_second=spoken.tokens_per_second,
+                ),
+                always=position.step == plan.total_steps,
+            )
+            if self._metric_is_due(position.step):
+                values = {"loss": kept.loss, "grad_norm": kept.norm, "learning_rate": rate}
+                reporter.metric(Metric(split="train", step=position.step, values=values))
+                kept = _Means()
+            if place + 1 == plan.steps_per_epoch or position.step == plan.total_steps:
+                reporter.say(
+                    f"epoch {epoch + 1} of {plan.epochs}: step {position.step} of "
+                    f"{plan.total_steps}, loss {spoken.loss:.4f}, learning rate {rate:.2e}, "
+                    f"{spoken.examples_per_second:.1f} examples/s"
+                )
+                spoken = _Means()
+            if self._evaluation_is_due(position.step):
+                evaluation = self._evaluate(position)
+            if self._checkpoint_is_due(position.step, saved):
+                self._save(position)
+                saved = time.monotonic()
+        self._writer.close()
+        return evaluation
+
+    def _step(self, step: int, indices: Indices) -> tuple[float, float, float]:
+        """One update from one global batch: (its mean loss, the gradient's norm, its tokens).
+
+        Every rank computes its micro-batches and scales each loss so that DDP's mean over the ranks
+        is the mean over the examples of the global batch, also where that is a partial one.
+        """
+        loss = torch.zeros((), device=self._compute.device)
+        tokens = 0
+        parts = micro_batches(indices, self._plan, self._gang.rank)
+        for number, part in enumerate(parts):
+            last = number + 1 == len(parts)
+            # A rank with nothing left to do of a partial batch computes some example for nothing:
+            # the others wait for it in this step's all-reduce.
+            batch = self._training.batch(part if len(part) else indices[:1], self._pad)
+            self._compute.seed(derive(self._options.seed, "dropout", step, self._gang.rank, number))
+            with nullcontext() if last else self._without_sync():
+                total = batch_loss(
+                    self._wrapped, batch, self._compute, self._options.label_smoothing
+                ) * (len(part) > 0)
+                scaled = total * (self._gang.world_size / len(indices))
+                scaled.backward()  # type: ignore[no-untyped-call]
+            loss += total.detach()
+            tokens += batch.tokens if len(part) else 0
+        limit = self._options.max_grad_norm
+        # The gradients are all-reduced, so their norm, and what is decided by it, is every rank's.
+        norm = float(nn.utils.clip_grad_norm_(self._trained, math.inf if limit is None else limit))
+        loss_sum, token_sum = self._gang.sum([float(loss), tokens])
+        mean = loss_sum / len(indices)
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            raise _diverged(step, mean, norm)
+        rate = self._schedule.rate(step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return mean, norm, token_sum
+
+    def _batch(self, epoch: int, place: int) -> Indices:
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_order(
+                self._training.lengths, self._plan.global_batch, self._options.seed, epoch
+            )
+            self._order = (epoch, order)
+        start = place * self._plan.global_batch
+        return self._order[1][start : start + self._plan.global_batch]
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        if isinstance(self._wrapped, DistributedDataParallel):
+            return self._wrapped.no_sync()
+        return nullcontext()
+
+    def _metric_is_due(self, step: int) -> bool:
+        every = max(1, self._plan.total_steps // _TRAIN_METRICS)
+        return step % every == 0 or step == self._plan.total_steps
+
+    def _evaluation_is_due(self, step: int) -> bool:
+        every = self._options.eval_every_steps or self._plan.steps_per_epoch
+        return step % every == 0 or step == self._plan.total_steps
+
+    def _evaluate(self, position: Position) -> Evaluation | None:
+        if self._validation is None:
+            return None
+        began = time.monotonic()
+        evaluation = evaluate(
+            self._model,
+            self._validation,
+            classes=len(self._labels),
+            batch_size=max(self._plan.micro_batch, 16),
+            pad=self._pad,
+            compute=self._compute,
+            gang=self._gang,
+        )
+        values = evaluation.values()
+        position.evaluations.append({"step": position.step, **values})
+        self._reporter.metric(Metric(split="validation", step=position.step, values=values))
+        self._reporter.say(
+            f"validation at step {position.step}: loss {evaluation.loss:.4f}, accuracy "
+            f"{evaluation.accuracy:.4f}, macro F1 {evaluation.macro_f1:.4f} "
+            f"({len(self._validation):,} examples in {time.monotonic() - began:.1f} s)"
+        )
+        return evaluation
+
+    def _checkpoint_is_due(self, step: int, saved: float) -> bool:
+        # Every rank holds the same state, so a checkpoint is no collective: rank 0 alone decides by
+        # its clock and alone writes. The last step needs none, as the model itself follows.
+        if self._gang.rank != 0 or step == self._plan.total_steps:
+            return False
+        rules = self._spec.checkpoint
+        by_step = rules.every_steps is not None and step % rules.every_steps == 0
+        by_time = (
+            rules.every_seconds is not None and time.monotonic() - saved >= rules.every_seconds
+        )
+        return by_step or by_time
+
+    def _save(self, position: Position) -> None:
+        began = time.monotonic()
+        # Before the copy, so that host memory holds one checkpoint at a time.
+        self._writer.close()
+        tensors = snapshot(self._model, self._optimizer)
+        state = describe(self._fingerprint, self._gang, position)
+        self._blocked = time.monotonic() - began
+        self._writer.submit(position.step, tensors, state)
+
+    def _checkpoint_written(self, written: Written) -> None:
+        # On the writer's thread.
+        size = sum(entry.size for entry in written.manifest.values())
+        self._reporter.send(
+            CheckpointWritten(step=written.step, path=str(written.path), manifest=written.manifest)
+        )
+        self._reporter.say(
+            f"checkpoint of step {written.step}: {size / 1e6:.1f} MB in {written.seconds:.2f} s, "
+            f"training waited {self._blocked:.2f} s"
+        )
+
+
+class _Means:
+    """Means over the steps since something was last said or kept."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._loss = self._norm = self._seconds = 0.0
+        self._examples = 0
+        self._tokens = 0.0
+
+    def add(self, loss: float, norm: float, examples: int, tokens: float, seconds: float) -> None:
+        self._steps += 1
+        self._loss += loss
+        self._norm += norm
+        self._examples += examples
+        self._tokens += tokens
+        self._seconds += seconds
+
+    @property
+    def loss(self) -> float:
+        return self._loss / self._steps
+
+    @property
+    def norm(self) -> float:
+        return self._norm / self._steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / max(1e-9, self._seconds)
+
+    @property
+    def examples_per_second(self) -> float:
+        return self._examples / max(1e-9, self._seconds)
+
+
+def _diverged(step: int, loss: float, norm: float) -> TrainingFailed:
+    return TrainingFailed(
+        FailureClass.USER_ERROR,
+        "diverged",
+        f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}",
+        "Lower hyperparameters.learning_rate, add warm-up, or keep max_grad_norm set.",
+    )

@@ -1,0 +1,107 @@
+"""A rank's side of the conversation with its worker, and its lines in the job's log."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from shared.lifecycle import FailureClass
+from shared.messages import (
+    ArtifactWritten,
+    Assignment,
+    ComputeShards,
+    JoinRendezvous,
+    Metric,
+    Notice,
+    Progress,
+    Stop,
+    TrainAssignment,
+)
+from workers.channel import Channel, ChannelClosed
+from workers.ranks.checkpoint import digest
+from workers.ranks.train.failures import Stopped, TrainingFailed
+
+RankChannel = Channel[Assignment | ComputeShards | JoinRendezvous | Stop]
+_PROGRESS_SECONDS = 0.25
+_ASSIGNMENT_SECONDS = 60.0
+
+
+class Reporter:
+    """Sends reports and takes orders. A worker that is gone, or orders a stop, raises ``Stopped``."""
+
+    def __init__(self, channel: RankChannel) -> None:
+        self._channel = channel
+        self._speaks = False
+        self._next_progress = 0.0
+
+    def receive_assignment(self) -> TrainAssignment:
+        """The first message on the channel. Rank 0 speaks for the gang in the log from here on."""
+        try:
+            message = self._channel.receive(_ASSIGNMENT_SECONDS)
+        except ChannelClosed:
+            raise Stopped("the worker is gone") from None
+        if not isinstance(message, TrainAssignment):
+            raise TrainingFailed(
+                FailureClass.INFRASTRUCTURE,
+                "no_assignment",
+                f"the rank got {type(message).__name__} instead of a training assignment",
+            )
+        self._speaks = message.rank == 0
+        return message
+
+    def check_orders(self, wait: float = 0.0) -> JoinRendezvous | None:
+        """Take one order if there is one within ``wait`` seconds.
+
+        Raises:
+            Stopped: the order is to stop, or the worker is gone.
+        """
+        try:
+            order = self._channel.receive(wait)
+        except ChannelClosed:
+            raise Stopped("the worker is gone") from None
+        if isinstance(order, Stop):
+            raise Stopped(order.reason)
+        return order if isinstance(order, JoinRendezvous) else None
+
+    def send(self, report: BaseModel) -> None:
+        """Raises Stopped when the worker is gone."""
+        try:
+            self._channel.send(report)
+        except ChannelClosed:
+            raise Stopped("the worker is gone") from None
+
+    def say(self, line: str) -> None:
+        """A line of the job's log, from rank 0 alone."""
+        if self._speaks:
+            print(line, flush=True)
+
+    def notice(self, code: str, message: str, **data: object) -> None:
+        self.say(f"note: {message}")
+        self.send(Notice(code=code, message=message, data=data))
+
+    def progress(self, progress: Progress, *, always: bool = False) -> None:
+        """Sent by rank 0, at most 4 times a second unless ``always``."""
+        now = time.monotonic()
+        if self._speaks and (always or now >= self._next_progress):
+            self._next_progress = now + _PROGRESS_SECONDS
+            self.send(progress)
+
+    def metric(self, metric: Metric) -> None:
+        if self._speaks:
+            self.send(metric)
+
+    def artifact(self, artifacts: Path, file: Path) -> None:
+        """Report a deliverable that is in place below ``artifacts``."""
+        name = file.relative_to(artifacts).as_posix()
+        entry = digest(file)
+        self.send(
+            ArtifactWritten(
+                name=name,
+                kind="model" if name.startswith("model/") else "metrics",
+                path=str(file),
+                size=entry.size,
+                sha256=entry.sha256,
+            )
+        )

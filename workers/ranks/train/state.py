@@ -1,0 +1,179 @@
+"""What a checkpoint holds, and how training goes on from one.
+
+Parameters, AdamW's moments and step, and where the training stood. No generator and no loader
+state: order and randomness are functions of the position (``order.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.lifecycle import FailureClass
+from shared.messages import CheckpointRef, TrainAssignment
+from shared.specs import TrainSpec
+from workers.ranks.checkpoint import CheckpointDamaged, read
+from workers.ranks.train.failures import TrainingFailed
+from workers.ranks.train.gang import Gang
+from workers.ranks.train.reports import Reporter
+
+_FORMAT = 1
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+Fingerprint = dict[str, str]
+
+
+@dataclass(slots=True)
+class Position:
+    """Where training stands: how many steps are done, and what was measured on the way."""
+
+    step: int = 0
+    seconds: float = 0.0
+    """Spent in the steps, over all attempts that this one continues."""
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The checkpoint that training goes on from, and where it stood."""
+
+    checkpoint: CheckpointRef
+    position: Position
+
+
+def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
+    """Digests of all that must be equal for a checkpoint to continue this training.
+
+    Of the spec counts what shapes the training: a job may go on under another priority.
+    """
+    chosen = spec.model_dump(
+        mode="json", include={"model", "task", "method", "data", "hyperparameters"}
+    )
+    shapes = [[n, list(p.shape), p.requires_grad] for n, p in model.named_parameters()]
+    return {"spec": _digest(chosen), "data": data, "parameters": _digest(shapes)}
+
+
+def require_agreement(gang: Gang, own: Fingerprint) -> None:
+    """Raises TrainingFailed on a rank that sees other data or another model than rank 0."""
+    theirs = gang.share("fingerprint", own)
+    differing = sorted(name for name in own if own[name] != theirs[name])
+    if differing:
+        raise TrainingFailed(
+            FailureClass.INFRASTRUCTURE,
+            "ranks_disagree",
+            f"rank {gang.rank} and rank 0 do not see the same {', '.join(differing)}",
+            "Hosts of one gang must have the same files under the same paths.",
+        )
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """A copy, in host memory, of every tensor that training changes. Blocks while it copies."""
+    return {name: _copy(tensor) for name, tensor in _tensors(model, optimizer)}
+
+
+def describe(own: Fingerprint, gang: Gang, position: Position) -> dict[str, Any]:
+    """What goes beside the tensors, as JSON."""
+    return {
+        "format": _FORMAT,
+        "fingerprint": own,
+        "world_size": gang.world_size,
+        "position": asdict(position),
+    }
+
+
+def resume(
+    assignment: TrainAssignment,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    own: Fingerprint,
+    gang: Gang,
+    reporter: Reporter,
+) -> Resumed | None:
+    """Go on from the newest checkpoint that is whole; None where there is none.
+
+    Rank 0 alone reads and decides, and hands what it read to the others: so all agree, and only its
+    host needs to see the folder.
+    """
+    chosen: dict[str, Any] | None = None
+    tensors: dict[str, torch.Tensor] = {}
+    if gang.rank == 0:
+        for index, checkpoint in enumerate(assignment.resume_from):
+            try:
+                tensors, state = read(checkpoint)
+                _require_same_training(state, own)
+            except CheckpointDamaged as problem:
+                reporter.notice(
+                    "checkpoint_damaged",
+                    f"the checkpoint of step {checkpoint.step} was skipped: {problem}",
+                    checkpoint=checkpoint.id,
+                    step=checkpoint.step,
+                )
+                continue
+            if state["world_size"] != gang.world_size:
+                reporter.notice(
+                    "world_size_changed",
+                    f"the checkpoint of step {checkpoint.step} was made by {state['world_size']} "
+                    f"rank(s) and is continued by {gang.world_size}: the result is as good, and "
+                    "not bitwise the same",
+                )
+            chosen = {"index": index, "position": state["position"]}
+            break
+    chosen = gang.share("resume", chosen)
+    if chosen is None:
+        return None
+    _make_moments(optimizer)
+    if gang.rank == 0:
+        with torch.no_grad():
+            for name, tensor in _tensors(model, optimizer):
+                tensor.copy_(tensors[name])
+    gang.spread(tensor for _, tensor in _tensors(model, optimizer))
+    return Resumed(assignment.resume_from[chosen["index"]], Position(**chosen["position"]))
+
+
+def _require_same_training(state: Mapping[str, Any], own: Fingerprint) -> None:
+    if state.get("format") != _FORMAT:
+        raise CheckpointDamaged(f"it is of format {state.get('format')}, not {_FORMAT}")
+    differing = sorted(name for name in own if state["fingerprint"].get(name) != own[name])
+    if differing:
+        raise CheckpointDamaged(f"it belongs to a training with other {', '.join(differing)}")
+
+
+def _tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the training under a name, in an order that all ranks share."""
+    persistent = model.state_dict(keep_vars=True)
+    for name, parameter in model.named_parameters():
+        yield f"parameter.{name}", parameter.detach()
+        for moment in _MOMENTS if parameter.requires_grad else ():
+            yield f"{moment}.{name}", optimizer.state[parameter][moment]
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield f"buffer.{name}", buffer
+
+
+def _make_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate AdamW's state as its first step would."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return copy.copy_(tensor)
+
+
+def _digest(value: Any) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
