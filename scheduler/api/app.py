@@ -1,0 +1,91 @@
+"""The application: routes, middleware, and the life of what they share."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import RedirectResponse
+
+from scheduler.api import artifacts, examples, files, fleet, health, jobs, results
+from scheduler.api.auth import require_key
+from scheduler.api.context import Context
+from scheduler.api.errors import install_error_handlers
+from scheduler.api.keys import KeyCache
+from scheduler.api.requests import RequestContext
+from scheduler.api.wakeups import Wakeups
+from shared.settings import Settings
+from shared.store import Store
+
+_DESCRIPTION = """
+Submit training and batch-inference jobs, follow them, and fetch what they made.
+
+Every request under `/v1` carries an API key: `Authorization: Bearer gy_…`. Every error is
+`{"error": {"code", "message", "param", "hint", "request_id"}}`; `code` is stable. Lists are pages,
+newest first: pass `next` as `cursor`.
+"""
+_TAGS = [
+    {"name": "jobs", "description": "Submit, list, look at, follow and cancel."},
+    {"name": "results", "description": "Rows of batch jobs, also while they run."},
+    {"name": "artifacts", "description": "Checkpoints and deliverables."},
+    {"name": "files", "description": "Uploads that specs can name."},
+    {"name": "fleet", "description": "Devices and workers."},
+    {"name": "health", "description": "For monitors; needs no key."},
+]
+
+
+def create_app(settings: Settings, store: Store) -> FastAPI:
+    """The API over ``store``. Neither Postgres nor the broker needs to be up: requests are answered
+    with 503 until Postgres is."""
+    context = Context(settings, store, KeyCache(store), Wakeups(store))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        context.wakeups.start()
+        try:
+            yield
+        finally:
+            await run_in_threadpool(context.wakeups.close)
+
+    app = FastAPI(
+        title="gpuyard",
+        version=health.service_version(),
+        description=_DESCRIPTION,
+        openapi_tags=_TAGS,
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.context = context
+    v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+    for part in (jobs, results, artifacts, files, fleet):
+        v1.include_router(part.router)
+    app.include_router(v1)
+    app.include_router(health.router)
+    app.add_api_route("/", _to_docs, include_in_schema=False)
+    app.add_middleware(RequestContext)
+    install_error_handlers(app)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _to_docs() -> RedirectResponse:
+    return RedirectResponse("/docs")
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's document with the schemas of the specs, whose bodies the routes read themselves."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title,
+            version=app.version,
+            description=app.description,
+            tags=app.openapi_tags,
+            routes=app.routes,
+        )
+        document["components"]["schemas"] |= examples.spec_schemas()
+        app.openapi_schema = document
+    return app.openapi_schema

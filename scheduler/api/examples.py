@@ -1,0 +1,78 @@
+"""Bodies that the documentation shows; a test submits the specs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from shared.specs import InferSpec, TrainSpec
+
+TRAIN: dict[str, Any] = {
+    "kind": "train",
+    "task": "text-classification",
+    "name": "topics",
+    "model": "minilm",
+    "data": {"train": "file_01JD2V5N0W8R4QK7T9Y3ZB6XEM", "validation_split": 0.1},
+    "hyperparameters": {"epochs": 3, "batch_size": 32, "learning_rate": 5e-5},
+    "resources": {"devices": 2},
+}
+CLASSIFY: dict[str, Any] = {
+    "kind": "infer",
+    "task": "text-classification",
+    "model": "job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
+    "input": "file_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
+}
+GENERATE: dict[str, Any] = {
+    "kind": "infer",
+    "task": "text-generation",
+    "model": "smollm2",
+    "rows": [{"prompt": "The capital of France is"}],
+    "generation": {"max_new_tokens": 20},
+}
+JOB_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "oneOf": [
+                    {"$ref": "#/components/schemas/TrainSpec"},
+                    {"$ref": "#/components/schemas/InferSpec"},
+                ],
+                "discriminator": {"propertyName": "kind"},
+            },
+            "examples": {
+                "train": {"summary": "Fine-tune a classifier with DDP", "value": TRAIN},
+                "classify": {"summary": "Classify with the model just made", "value": CLASSIFY},
+                "generate": {"summary": "Generate from a few prompts", "value": GENERATE},
+            },
+        }
+    },
+}
+FILE_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file"],
+                "properties": {"file": {"type": "string", "format": "binary"}},
+            }
+        },
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+    },
+}
+EVENT_STREAM = (
+    "id: 17\nevent: event\n"
+    'data: {"id":17,"type":"running","message":"attempt 1 runs","attempt":1,"data":{},'
+    '"at":"2026-01-05T09:30:00Z"}\n\n'
+    'event: end\ndata: {"state":"succeeded"}\n\n'
+)
+
+
+def spec_schemas() -> dict[str, Any]:
+    """The JSON schemas of the specs, as components of the OpenAPI document."""
+    schemas: dict[str, Any] = {}
+    for model in (TrainSpec, InferSpec):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[model.__name__] = schema
+    return schemas

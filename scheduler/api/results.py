@@ -1,0 +1,148 @@
+"""Rows of a batch job, in input order, out of its committed shards."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from sqlmodel import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+
+from scheduler.api.context import Context, ContextDep
+from scheduler.api.errors import responses
+from scheduler.api.lookup import JobId, find_job
+from scheduler.api.streams import wait
+from shared.errors import InvalidRequest, Unavailable
+from shared.lifecycle import JobState
+from shared.rows import unpack_results
+from shared.store import read
+from shared.store.report import row_totals
+from shared.tables import Shard
+
+router = APIRouter(tags=["results"])
+_AT_ONCE = 4
+"""Shards held in memory at a time."""
+_EXAMPLE = (
+    '{"row":0,"id":null,"output":{"label":"person","score":0.97,"labels":[{"label":"person",'
+    '"score":0.97}]},"error":null,"usage":{"input_tokens":12,"output_tokens":0}}\n'
+)
+
+
+@router.get(
+    "/jobs/{job_id}/results",
+    response_class=StreamingResponse,
+    summary="Rows of a batch job as JSONL",
+    responses={
+        200: {
+            "content": {"application/x-ndjson": {"example": _EXAMPLE}},
+            "description": "One result a line, in input order.",
+            "headers": {
+                "X-Rows-Total": {
+                    "description": "Rows of the input.",
+                    "schema": {"type": "integer"},
+                },
+                "X-Rows-Done": {
+                    "description": "Rows committed when the answer began.",
+                    "schema": {"type": "integer"},
+                },
+                "X-Row-Errors": {
+                    "description": "Rows of those that have an error.",
+                    "schema": {"type": "integer"},
+                },
+                "X-Job-State": {"schema": {"type": "string"}},
+            },
+        },
+        **responses(401, 404, 422, 503),
+    },
+)
+async def get_results(
+    job_id: JobId,
+    context: ContextDep,
+    after_row: Annotated[
+        int, Query(ge=-1, description="Only rows with a higher number: resumes a broken stream.")
+    ] = -1,
+    after_shard: Annotated[int, Query(ge=-1, description="Only shards with a higher index.")] = -1,
+    follow: Annotated[bool, Query(description="Wait for more rows until the job is over.")] = False,
+) -> StreamingResponse:
+    """What is committed, also while the job runs; rows appear shard by shard.
+
+    With `follow` the rows come without gaps, as they are finished, until the job is over. Without
+    it, everything that is committed now; shards that are still computed are then missing, so compare
+    `X-Rows-Done` with `X-Rows-Total`. A result never changes once it was delivered.
+    """
+    start = await run_in_threadpool(context.store.call, _begin, job_id)
+    headers = {
+        "X-Rows-Total": str(start.totals["rows"]),
+        "X-Rows-Done": str(start.totals["done"]),
+        "X-Row-Errors": str(start.totals["errors"]),
+        "X-Job-State": start.state,
+        "Cache-Control": "no-store",
+        "X-Accel-Buffering": "no",
+    }
+    body = _rows(context, job_id, after_row, after_shard, follow)
+    return StreamingResponse(body, media_type="application/x-ndjson", headers=headers)
+
+
+@dataclass(frozen=True, slots=True)
+class _Start:
+    state: JobState
+    totals: dict[str, int]
+
+
+def _begin(session: Session, job_id: str) -> _Start:
+    job = find_job(session, job_id)
+    if job.kind != "infer":
+        raise InvalidRequest(
+            "a training job has no rows",
+            param="job_id",
+            hint="See its metrics and artifacts instead.",
+        )
+    return _Start(JobState(job.state), row_totals(session, job_id))
+
+
+def _next(session: Session, job_id: str, after: int, follow: bool) -> tuple[bool, list[Shard]]:
+    """(whether the job is over, shards after ``after``). The state is read first: if it is terminal,
+    the shards are all there will be."""
+    over = JobState(find_job(session, job_id).state).terminal
+    shards = list(read.committed_shards(session, job_id, after, _AT_ONCE))
+    if not follow or over:
+        return over, shards
+    # While the job runs a gap may still be filled: nothing is delivered past it.
+    whole = [s for place, s in enumerate(shards, after + 1) if s.index == place]
+    return over, whole
+
+
+async def _rows(
+    context: Context, job_id: str, after_row: int, after_shard: int, follow: bool
+) -> AsyncIterator[bytes]:
+    after = after_shard
+    with context.wakeups.subscribe(job_id) as woken:
+        while not context.wakeups.closing:
+            woken.clear()
+            try:
+                over, shards = await run_in_threadpool(
+                    context.store.call, _next, job_id, after, follow
+                )
+            except Unavailable:
+                if not follow:
+                    raise
+                await wait(woken)
+                continue
+            for shard in shards:
+                after = shard.index
+                if shard.first_row + shard.rows > after_row + 1:
+                    yield await run_in_threadpool(_lines, shard, after_row)
+            if shards:
+                continue
+            if over or not follow:
+                return
+            await wait(woken)
+
+
+def _lines(shard: Shard, after_row: int) -> bytes:
+    text = unpack_results(shard.results or b"")
+    skipped = max(0, after_row + 1 - shard.first_row)
+    return b"".join(text.splitlines(keepends=True)[skipped:]) if skipped else text

@@ -1,0 +1,171 @@
+"""Rows of the store as the API shows them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from shared.lifecycle import AttemptState, FailureClass, JobState, LeaseState
+from shared.store.read import DeviceRow
+from shared.tables import (
+    Artifact,
+    Attempt,
+    Checkpoint,
+    Event,
+    File,
+    Job,
+    Lease,
+    LogChunk,
+    Metric,
+    Worker,
+)
+from shared.views import (
+    ArtifactView,
+    AttemptView,
+    CheckpointView,
+    DeviceView,
+    EventView,
+    FailureView,
+    FileView,
+    JobDetail,
+    JobView,
+    LogView,
+    MetricView,
+    ProgressView,
+    RankView,
+    WorkerView,
+)
+
+
+def job_view(job: Job) -> JobView:
+    return JobView(**_job_fields(job))
+
+
+def job_detail(
+    job: Job,
+    attempts: Sequence[Attempt],
+    leases: Sequence[Lease],
+    totals: dict[str, int] | None,
+) -> JobDetail:
+    """``totals``: of a batch job, see ``shared.store.report.row_totals``."""
+    return JobDetail(
+        **_job_fields(job),
+        spec=job.spec,
+        requirements=job.resolved["requirements"],
+        attempts=[
+            attempt_view(a, [lease for lease in leases if lease.attempt_id == a.id])
+            for a in attempts
+        ],
+        rows_total=None if totals is None else totals["rows"],
+        rows_done=None if totals is None else totals["done"],
+        row_errors=None if totals is None else totals["errors"],
+    )
+
+
+def _job_fields(job: Job) -> dict[str, Any]:
+    failure = failure_view(job.failure_class, job.failure)
+    if job.state == JobState.CANCELLED:
+        failure = FailureView(
+            failure_class=FailureClass.CANCELLED,
+            code="cancelled",
+            message=job.cancel_reason or "cancelled",
+        )
+    return {
+        "id": job.id,
+        "kind": job.kind,
+        "task": job.task,
+        "name": job.name,
+        "model": job.spec["model"],
+        "state": JobState(job.state),
+        "priority": job.priority,
+        "waiting_reason": job.waiting_reason,
+        "progress": progress_view(job),
+        "failure": failure,
+        "summary": job.summary,
+        "created_at": job.created_at,
+        "started_at": job.started_at,
+        "finished_at": job.finished_at,
+    }
+
+
+def progress_view(job: Job) -> ProgressView | None:
+    """The last progress; with the time left while the job runs."""
+    if job.progress is None:
+        return None
+    return ProgressView(**{**job.progress, "eta_seconds": _eta(job)})
+
+
+def _eta(job: Job) -> float | None:
+    """Seconds to the end at the pace of now: examples left by examples a second."""
+    progress = job.progress or {}
+    pace = progress.get("examples_per_second")
+    if job.state != JobState.RUNNING or not pace:
+        return None
+    left = max(0, int(progress["total_steps"]) - int(progress["step"]))
+    # A step of training is a global batch, a step of inference is a row.
+    per_step = job.spec["hyperparameters"]["batch_size"] if job.kind == "train" else 1
+    return round(left * per_step / float(pace), 1)
+
+
+def failure_view(failure_class: str | None, failure: dict[str, Any] | None) -> FailureView | None:
+    if failure_class is None or failure is None:
+        return None
+    return FailureView(failure_class=FailureClass(failure_class), **failure)
+
+
+def attempt_view(attempt: Attempt, leases: Sequence[Lease]) -> AttemptView:
+    return AttemptView(
+        id=attempt.id,
+        number=attempt.number,
+        token=attempt.token,
+        state=AttemptState(attempt.state),
+        world_size=attempt.world_size,
+        ranks=[
+            RankView(rank=x.rank, device_id=x.device_id, state=LeaseState(x.state)) for x in leases
+        ],
+        failure=failure_view(attempt.failure_class, attempt.failure),
+        created_at=attempt.created_at,
+        started_at=attempt.started_at,
+        finished_at=attempt.finished_at,
+    )
+
+
+def event_view(event: Event) -> EventView:
+    return EventView(**event.model_dump(exclude={"job_id"}))
+
+
+def log_view(chunk: LogChunk) -> LogView:
+    return LogView(**chunk.model_dump(exclude={"job_id"}))
+
+
+def metric_view(metric: Metric) -> MetricView:
+    return MetricView(**metric.model_dump(exclude={"job_id"}))
+
+
+def checkpoint_view(checkpoint: Checkpoint) -> CheckpointView:
+    return CheckpointView(**checkpoint.model_dump())
+
+
+def artifact_view(artifact: Artifact) -> ArtifactView:
+    return ArtifactView(**artifact.model_dump())
+
+
+def file_view(file: File) -> FileView:
+    return FileView(**file.model_dump())
+
+
+def device_view(row: DeviceRow, device_timeout: float) -> DeviceView:
+    silent = row.seconds_silent > device_timeout or row.worker.ended_at is not None
+    fields = row.device.model_dump(exclude={"state", "compute_capability"})
+    return DeviceView(
+        **fields,
+        state="silent" if row.device.state == "up" and silent else row.device.state,
+        compute_capability=row.device.compute_capability / 10,
+        job_id=row.job_id,
+        rank=row.rank,
+        seconds_silent=round(row.seconds_silent, 3),
+    )
+
+
+def worker_view(worker: Worker) -> WorkerView:
+    return WorkerView(**worker.model_dump())

@@ -1,0 +1,252 @@
+"""Model references: found, allowed, whole, and of a kind that can do the task.
+
+Only ``config.json`` and the headers of the weight files are read; the rank that loads the model
+checks it again with the real thing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scheduler.footprint import ModelShape
+from scheduler.submission.paths import inside, printable, resolved
+from scheduler.submission.weights import read_tensors
+from shared import ids
+from shared.errors import ModelNotFound, PathNotAllowed, UnsupportedModel
+from shared.lifecycle import JobState
+from shared.resolved import ResolvedModel
+from shared.settings import Settings
+from shared.specs import InferSpec, TrainSpec
+from shared.store import Store, read
+from shared.tables import Artifact, Job
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_ENCODERS = """
+    albert bert big_bird camembert convbert data2vec-text deberta deberta-v2
+    distilbert electra ernie esm eurobert flaubert fnet ibert layoutlm longformer
+    megatron-bert mobilebert modernbert mpnet nezha nystromformer rembert roberta
+    roberta-prelayernorm roformer squeezebert xlm xlm-roberta xlm-roberta-xl xmod
+    yoso
+"""
+ENCODERS = frozenset(_ENCODERS.split())
+"""Model types that read a text whole: what can be fine-tuned under a classification head."""
+_CONFIG_LIMIT = 16 * 1024 * 1024
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model that may be used; ``shape`` is None where only its name is known (the hub)."""
+
+    resolved: ResolvedModel
+    shape: ModelShape | None
+
+
+def resolve_model(store: Store, settings: Settings, spec: TrainSpec | InferSpec) -> FoundModel:
+    """The model that ``spec.model`` names.
+
+    Raises:
+        ModelNotFound: nothing of that name; the hint says where to put it or what is there.
+        PathNotAllowed: a path outside the model roots.
+        UnsupportedModel: it is there and cannot do the task, or is no complete safe folder.
+    """
+    name = spec.model
+    if name.startswith("job:"):
+        folder, label = _model_of_job(store, settings, name.removeprefix("job:"))
+        return _inspect(folder, label, "job", spec)
+    found = _find_folder(settings, name)
+    if found is not None:
+        return _inspect(found, found.name, "folder", spec)
+    if _HUB_ID.fullmatch(name) and settings.hub:
+        label = name.rpartition("/")[2]
+        return FoundModel(ResolvedModel(source="hub", path=name, label=label), None)
+    raise ModelNotFound(
+        f"there is no model '{printable(name)}'",
+        param="model",
+        hint=_where_models_are(settings, name),
+    )
+
+
+def _find_folder(settings: Settings, name: str) -> Path | None:
+    if "\0" in name or "\\" in name:
+        raise ModelNotFound(f"'{printable(name)}' is no model reference", param="model")
+    given = Path(name)
+    if ".." in given.parts:
+        raise PathNotAllowed("a model reference may not contain '..'", param="model")
+    candidates = [given] if given.is_absolute() else [r / given for r in settings.model_roots]
+    for candidate in candidates:
+        folder = resolved(candidate)
+        if folder is not None and inside(folder, settings.model_roots):
+            if folder.is_dir():
+                return folder
+        elif given.is_absolute() or candidate.exists():
+            raise PathNotAllowed(
+                f"'{printable(name)}' lies outside the model roots",
+                param="model",
+                hint="Put the folder below "
+                f"{settings.model_roots[0]}, or let the operator add its parent to "
+                "GPUYARD_MODEL_ROOTS. Links that lead out of a root are not followed.",
+            )
+    return None
+
+
+def _where_models_are(settings: Settings, name: str) -> str:
+    there = sorted(
+        folder.name
+        for root in settings.model_roots
+        if root.is_dir()
+        for folder in root.iterdir()
+        if (folder / "config.json").is_file()
+    )
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f"Did you mean '{near[0]}'? " if near else ""
+    shown = ", ".join(there[:10]) + (", …" if len(there) > 10 else "")
+    hint += f"Models here: {shown}. " if there else ""
+    hint += f"Put a model folder (what save_pretrained writes) below {settings.model_roots[0]}"
+    if _HUB_ID.fullmatch(name):
+        return hint + ", or let the operator enable the hub (GPUYARD_HUB=true)."
+    return hint + "."
+
+
+def _model_of_job(store: Store, settings: Settings, job_id: str) -> tuple[Path, str]:
+    job, artifacts = (
+        store.call(_job_and_artifacts, job_id) if ids.is_id(job_id, ids.JOB) else (None, [])
+    )
+    if job is None:
+        raise ModelNotFound(f"there is no job '{printable(job_id)}'", param="model")
+    if job.kind != "train":
+        raise UnsupportedModel(
+            f"{job.id} is no training job: it made no model",
+            param="model",
+            hint="Name a training job that succeeded.",
+        )
+    if job.state != JobState.SUCCEEDED:
+        over = JobState(job.state).terminal
+        raise ModelNotFound(
+            f"{job.id} is {job.state}: its model {'was never finished' if over else 'is not ready'}",
+            param="model",
+            hint=None if over else f"Wait for it: `gpuyard watch {job.id}`.",
+        )
+    parts = [a for a in artifacts if a.name.startswith("model/")]
+    config = next((a for a in parts if a.name == "model/config.json"), None)
+    missing = [a.name for a in parts if not (settings.data / a.path).is_file()]
+    if config is None or missing:
+        what = f"({missing[0]})" if missing else "(model/config.json)"
+        raise ModelNotFound(
+            f"the model of {job.id} is gone from the data folder {what}",
+            param="model",
+            hint="Train it again, or restore the data folder.",
+        )
+    label = str(job.resolved["model"]["label"]).removesuffix("-tuned")
+    return (settings.data / config.path).parent.resolve(), f"{label}-tuned"
+
+
+def _job_and_artifacts(session: Any, job_id: str) -> tuple[Job | None, Sequence[Artifact]]:
+    return read.get_job(session, job_id), read.list_artifacts(session, job_id)
+
+
+def _inspect(folder: Path, label: str, source: Any, spec: TrainSpec | InferSpec) -> FoundModel:
+    config = _read_config(folder, spec.model)
+    _check_task(config, spec)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise UnsupportedModel(
+            f"model '{printable(spec.model)}' has no tokenizer files",
+            param="model",
+            hint="tokenizer.save_pretrained(folder) writes them beside the model's.",
+        )
+    tensors, stored = read_tensors(folder, spec.model)
+    shape = _shape(config, tensors, stored)
+    where = ResolvedModel(source=source, path=str(folder), label=label, parameters=shape.parameters)
+    return FoundModel(where, shape)
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UnsupportedModel(
+            f"'{printable(name)}' has no config.json: it is no model folder",
+            param="model",
+            hint="A model folder is what model.save_pretrained(folder) writes.",
+        )
+    try:
+        if path.stat().st_size > _CONFIG_LIMIT:
+            raise ValueError("it is far too large")
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"config.json of '{printable(name)}' cannot be read: {error}", param="model"
+        ) from None
+    return config
+
+
+def _check_task(config: dict[str, Any], spec: TrainSpec | InferSpec) -> None:
+    made_as = [str(a) for a in config.get("architectures") or ()]
+    kind = str(config.get("model_type") or "")
+    what = made_as[0] if made_as else kind or "an unknown architecture"
+    name = printable(spec.model)
+    if spec.task == "text-generation":
+        causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in made_as)
+        # BERT and kin carry `is_decoder: false` and see the future under such a head, too.
+        if not causal or (kind in ENCODERS and not config.get("is_decoder")):
+            raise UnsupportedModel(
+                f"model '{name}' is {what} and cannot generate text",
+                param="model",
+                hint="Choose a causal language model (GPT, Llama and kin).",
+            )
+        return
+    classifier = any(a.endswith("ForSequenceClassification") for a in made_as)
+    if spec.kind == "infer" and not classifier:
+        raise UnsupportedModel(
+            f"model '{name}' is {what}: it has no trained classification head",
+            param="model",
+            hint="Fine-tune it for text-classification first and use `job:<id>` of that job.",
+        )
+    if spec.kind == "train" and not classifier and kind not in ENCODERS:
+        raise UnsupportedModel(
+            f"model '{name}' is {what}: text-classification needs a BERT-type encoder",
+            param="model",
+            hint="For instance bert, distilbert, roberta, electra, mpnet or modernbert.",
+        )
+
+
+def _shape(config: dict[str, Any], tensors: tuple[tuple[str, int], ...], stored: int) -> ModelShape:
+    def number(*names: str, default: int) -> int:
+        found = (config.get(name) for name in names)
+        usable = (v for v in found if isinstance(v, int) and not isinstance(v, bool) and v > 0)
+        return next(usable, default)
+
+    hidden = number("hidden_size", "n_embd", "d_model", "dim", default=768)
+    heads = number("num_attention_heads", "n_head", "n_heads", default=12)
+    return ModelShape(
+        tensors=tensors,
+        weight_bytes=stored,
+        model_type=str(config.get("model_type") or ""),
+        hidden=hidden,
+        layers=number("num_hidden_layers", "n_layer", "n_layers", "num_layers", default=12),
+        heads=heads,
+        kv_heads=number("num_key_value_heads", default=heads),
+        head_dim=number("head_dim", default=max(1, hidden // heads)),
+        intermediate=number(
+            "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", default=4 * hidden
+        ),
+        vocabulary=number("vocab_size", default=32_000),
+        positions=number(
+            "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", default=4096
+        ),
+        gated_mlp=any(name.endswith("gate_proj.weight") for name, _ in tensors),
+    )

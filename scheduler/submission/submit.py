@@ -1,0 +1,116 @@
+"""Submission: a raw spec becomes one row, or an error that says what to change."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from sqlmodel import Session, func, select
+
+from scheduler.submission.data import Inputs, resolve_rows, resolve_training_data
+from scheduler.submission.inline import rows_to_file, write_once
+from scheduler.submission.models import resolve_model
+from scheduler.submission.requirements import refuse_impossible, requirements
+from shared.errors import InvalidRequest, InvalidSpec
+from shared.resolved import Resolved
+from shared.settings import Settings
+from shared.specs import InferSpec, TrainSpec, parse_spec
+from shared.store import Store
+from shared.store.snapshot import DeviceState, read_devices
+from shared.store.submit import find_by_idempotency_key, insert_job, new_job_id
+from shared.tables import Job
+
+MAX_KEY = 255
+
+
+def submit(
+    store: Store,
+    settings: Settings,
+    raw_spec: Any,
+    idempotency_key: str | None = None,
+    created_by: str | None = None,
+) -> tuple[Job, bool]:
+    """Validate all of a spec, find its model and data, and insert the job.
+
+    Reads files: call it in a thread. No database session is open while it does.
+
+    Returns:
+        The job, and whether it is new; a repeated idempotency key gives the first job.
+
+    Raises:
+        InvalidRequest: any of its subclasses; nothing was stored.
+        IdempotencyMismatch: the key was used for another spec.
+        Unavailable: Postgres cannot be reached.
+    """
+    _check_key(idempotency_key)
+    spec = parse_spec(raw_spec)
+    content: bytes | None = None
+    if isinstance(spec, InferSpec):
+        spec, content = rows_to_file(spec, settings)
+    _refuse_unstorable(spec.model_dump(mode="json"), ())
+    owner = created_by or ""
+    if idempotency_key is not None:
+        first = store.call(find_by_idempotency_key, owner, idempotency_key, spec)
+        if first is not None:
+            return first, False
+    model = resolve_model(store, settings, spec)
+    if content is not None and isinstance(spec, InferSpec):
+        write_once(Path(spec.input or ""), content)
+    inputs = _resolve_inputs(store, settings, spec)
+    needs = requirements(spec, model.shape, inputs.longest_text)
+    fleet = store.call(_fleet, settings.device_timeout)
+    refuse_impossible(needs, fleet, fail_fast=spec.fail_fast)
+    return store.call(
+        insert_job,
+        job_id=new_job_id(),
+        spec=spec,
+        resolved=Resolved(model=model.resolved, requirements=needs, inputs=inputs.files),
+        shards=inputs.shards,
+        idempotency_key=idempotency_key,
+        created_by=owner,
+    )
+
+
+def _check_key(key: str | None) -> None:
+    if key is not None and not (0 < len(key) <= MAX_KEY and key.isascii() and key.isprintable()):
+        raise InvalidRequest(
+            f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters",
+            param="Idempotency-Key",
+        )
+
+
+def _resolve_inputs(store: Store, settings: Settings, spec: TrainSpec | InferSpec) -> Inputs:
+    if isinstance(spec, TrainSpec):
+        return resolve_training_data(store, settings, spec)
+    return resolve_rows(store, settings, spec)
+
+
+def _fleet(session: Session, device_timeout: float) -> tuple[DeviceState, ...]:
+    now = session.exec(select(func.clock_timestamp())).one()
+    return read_devices(session, now, device_timeout)
+
+
+def _refuse_unstorable(value: Any, where: tuple[str, ...]) -> None:
+    """JSON allows what Postgres and UTF-8 do not: NUL, half a surrogate pair, 1e999."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_unstorable(item, (*where, str(key)))
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_unstorable(item, where)
+    elif isinstance(value, str) and not _is_text(value):
+        param = ".".join(where)
+        raise InvalidSpec(
+            f"{param} holds a character that is no text (NUL or a surrogate)", param=param
+        )
+    elif isinstance(value, float) and not math.isfinite(value):
+        param = ".".join(where)
+        raise InvalidSpec(f"{param} must be a finite number", param=param)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        return "\0" not in value and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
