@@ -69,8 +69,7 @@ def launch(
         try:
             return _ask_for_rank(nursery_socket, request, deadline)
         except OSError as error:
-            # Not up yet, or it died over the request: then no supervisor holds our sockets, and
-            # asking again cannot start a second rank.
+            # Not up yet, or it died over the request, before it had forked anything.
             if time.monotonic() + _CONNECT_PAUSE >= deadline:
                 raise LaunchFailed(
                     f"no rank was started within {timeout:g} s: {nursery_socket}: {error}",
@@ -208,7 +207,11 @@ def _ask_for_rank(path: Path, request: Mapping[str, object], deadline: float) ->
             socket.send_fds(nursery, [json.dumps(request).encode()], fds)
             their_control.close()
             their_channel.close()
-            answer = _receive(nursery)
+            # A nursery that dies now may have forked the supervisor already, which then speaks on
+            # control all the same; if it had not, control has no other holder left and ends.
+            answer: dict[str, Any] = {}
+            with contextlib.suppress(ConnectionError):
+                answer = _receive(nursery)
         if "error" in answer:
             raise LaunchFailed(f"the nursery refused to start a rank: {answer['error']}")
         started = _first_line(control, deadline)

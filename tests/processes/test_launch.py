@@ -140,7 +140,10 @@ def test_many_launches_leak_neither_fds_nor_zombies(
         assert rank.end(grace=10).lost is False
         rank.close()
     yard.ranks.clear()
-    eventually(lambda: children(nursery) == [] and fds() == before)
+    # Fewer is fine: the nursery may not have closed the first connection when it was counted.
+    eventually(
+        lambda: children(nursery) == [] and all(a <= b for a, b in zip(fds(), before, strict=True))
+    )
     assert yard.living() == set()
 
 
