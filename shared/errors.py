@@ -19,6 +19,8 @@ class GpuyardError(Exception):
     code = "error"
     status = 500
     exit_code = 1
+    request_id: str | None = None
+    """Of the answer that carried it, for looking it up in the service's logs."""
 
     def __init__(
         self,
@@ -128,6 +130,8 @@ class Unavailable(GpuyardError):
     code = "unavailable"
     status = 503
     exit_code = 6
+    retry_after: float | None = None
+    """Seconds after which the service asked to be tried again."""
 
 
 class ConfigurationError(GpuyardError):
