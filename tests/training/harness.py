@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import select
 import socket
 import sys
@@ -39,6 +40,8 @@ from shared.specs import TrainSpec
 from workers.channel import Channel, ChannelClosed
 
 DEADLINE = 60.0
+SPARE_MEMORY_VARIABLE = "TEST_SPARE_MEMORY"
+"""Bytes of address space that a rank may take beyond what it has at its start."""
 R = TypeVar("R")
 
 _context = multiprocessing.get_context("forkserver")
@@ -55,6 +58,10 @@ def run_rank(sock: socket.socket, log: str, environment: dict[str, str]) -> None
     os.dup2(descriptor, 2)
     from workers.ranks.train import main
 
+    if SPARE_MEMORY_VARIABLE in environment:
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = in_use + int(environment[SPARE_MEMORY_VARIABLE])
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     code = main(Channel(sock, ToRank))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -75,6 +82,7 @@ class Gang:
         self.reports: list[tuple[int, Report]] = []
         self.processes: dict[int, BaseProcess] = {}
         self._channels: dict[int, Channel[Any]] = {}
+        self._sockets: dict[int, socket.socket] = {}
 
     @property
     def log(self) -> Path:
@@ -95,6 +103,7 @@ class Gang:
             channel: Channel[Any] = Channel(ours, FromRank)
             channel.send(self.assignment.model_copy(update={"rank": rank}))
             self.processes[rank], self._channels[rank] = process, channel
+            self._sockets[rank] = ours
 
     def run(self, on_report: Callable[[int, Report], None] | None = None) -> Gang:
         """Start, and collect reports until every rank is gone; fails after ``DEADLINE`` seconds."""
@@ -115,6 +124,10 @@ class Gang:
 
     def order_stop(self, rank: int, reason: str = "cancelled") -> None:
         self._channels[rank].send(Stop(reason=reason))
+
+    def hang_up(self, rank: int) -> None:
+        """The worker's end of the channel is gone, as when the worker is killed."""
+        self._sockets[rank].shutdown(socket.SHUT_RDWR)
 
     def exit_code(self, rank: int) -> int | None:
         return self.processes[rank].exitcode
@@ -248,7 +261,7 @@ FILLER = ["the", "a", "of", "with", "very", "old", "new", "small", "large", "and
 
 def make_rows(count: int, seed: int) -> list[dict[str, Any]]:
     """Texts of 3 to 24 words; a few words of the topic give the label away."""
-    draw = random.Random(seed)
+    draw = random.Random(seed)  # noqa: S311  the same rows in every run
     rows = []
     for _ in range(count):
         label = draw.choice(sorted(TOPICS))

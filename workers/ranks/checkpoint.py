@@ -64,12 +64,17 @@ def write(
     aside = folder / f"{_ASIDE}{name}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    save_file(dict(tensors), aside / TENSORS)
-    (aside / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
-    manifest = {file: digest(aside / file) for file in (TENSORS, STATE)}
-    sizes = {file: entry.model_dump() for file, entry in manifest.items()}
-    (aside / MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n")
-    place(aside, folder / name)
+    try:
+        save_file(dict(tensors), aside / TENSORS)
+        (aside / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+        manifest = {file: digest(aside / file) for file in (TENSORS, STATE)}
+        sizes = {file: entry.model_dump() for file, entry in manifest.items()}
+        (aside / MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n")
+        place(aside, folder / name)
+    except BaseException:
+        # A disk that is full must not stay full of what will never be finished.
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     return Written(step, folder / name, manifest, time.monotonic() - began)
 
 

@@ -48,14 +48,14 @@ class LabelledTexts(Dataset[tuple[NDArray[np.int32], int]]):
         tokens: NDArray[np.int32],
         ends: NDArray[np.int64],
         labels: NDArray[np.int64],
-        truncated: int = 0,
+        cut: NDArray[np.bool_],
     ) -> None:
         self._tokens = tokens
         self._starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
         self._ends = ends
         self.labels = labels
         self.lengths: NDArray[np.int32] = (self._ends - self._starts).astype(np.int32)
-        self.truncated = truncated
+        self.cut = cut
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,7 +82,7 @@ class LabelledTexts(Dataset[tuple[NDArray[np.int32], int]]):
         parts = [self._tokens[self._starts[i] : self._ends[i]] for i in indices]
         tokens = np.concatenate(parts) if parts else np.zeros(0, np.int32)
         ends = np.cumsum(self.lengths[indices], dtype=np.int64)
-        return LabelledTexts(tokens, ends, self.labels[indices])
+        return LabelledTexts(tokens, ends, self.labels[indices], self.cut[indices])
 
     @property
     def largest_token(self) -> int:
@@ -141,20 +141,18 @@ def read_texts(
         DataProblem: as ``find_labels``, and for a label that is not among ``labels``.
     """
     classes = {name: index for index, name in enumerate(labels)}
-    tokens, ends, targets = array("i"), array("q"), array("q")
-    truncated = 0
+    tokens, ends, targets, cut = array("i"), array("q"), array("q"), array("b")
     for rows in _chunks(read_rows(path, columns)):
         for row in rows:
             targets.append(_class_of(row, classes, path))
         # Tokenised whole first: what a cut leaves does not say whether there was one.
-        encoded = tokenizer([row.text for row in rows], truncation=False, verbose=False)
-        ids = encoded["input_ids"]
+        texts = [row.text for row in rows]
+        ids = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+        cut.extend(len(text) > max_length for text in ids)
         if any(len(text) > max_length for text in ids):
-            truncated += sum(len(text) > max_length for text in ids)
-            encoded = tokenizer(
-                [row.text for row in rows], truncation=True, max_length=max_length, verbose=False
-            )
-            ids = encoded["input_ids"]
+            ids = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)[
+                "input_ids"
+            ]
         for text in ids:
             tokens.extend(text)
             ends.append(len(tokens))
@@ -164,7 +162,7 @@ def read_texts(
         np.frombuffer(tokens, np.int32),
         np.frombuffer(ends, np.int64),
         np.frombuffer(targets, np.int64),
-        truncated,
+        np.frombuffer(cut, np.bool_),
     )
 
 

@@ -217,7 +217,7 @@ def _say_how_much(
         f"data: {len(training):,} training and {len(validation) if validation else 0:,} validation "
         f"examples, {len(labels)} labels; tokens an example: median "
         f"{int(np.median(training.lengths))}, longest {int(training.lengths.max())}"
-        + (f"; {training.truncated:,} cut" if training.truncated else "")
+        + (f"; {training.cut.sum():,} cut to that" if training.cut.any() else "")
     )
     reporter.say(
         f"batch: {plan.ranks} ranks x {plan.micro_batch} micro-batch x {plan.accumulation} "
@@ -287,7 +287,7 @@ def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:
     failure = explain(error)
     if failure.code == "peer_lost" and _stop_is_waiting(reporter):
         return STOPPED
-    if not isinstance(error, TrainingFailed | LoadError):
+    if not isinstance(error, TrainingFailed | LoadError) and failure.code != "peer_lost":
         traceback.print_exception(error)
     reporter.say(f"failed: {failure.message}" + (f" {failure.hint}" if failure.hint else ""))
     try:
