@@ -202,6 +202,17 @@ def test_bf16_on_request_and_on_devices_that_have_it(engine, llama):
     assert "(float32, cpu0)" in engine.log.read_text()
 
 
+def test_rewritten_modules_compute_the_same(gpt2):
+    plain = AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32).eval()
+    loaded, _ = ModelCache().get("text-generation", str(gpt2), torch.float32, torch.device("cpu"))
+    assert not any(type(m).__name__ == "Conv1D" for m in loaded.model.modules())
+    ids = torch.arange(7, 47)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            loaded.model(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4
+        )
+
+
 class ScarceMemory(SlotRunner):
     """A slot runner on a device with room for so many positions."""
 

@@ -15,9 +15,9 @@ from shared.messages import InferAssignment, Progress, Shard, ShardComputed
 from shared.rows import read_lines, row_error
 from workers.ranks.engine.classification import Classification
 from workers.ranks.engine.computation import Computation
+from workers.ranks.engine.device import cache_budget, peak_bytes, reset_peak
 from workers.ranks.engine.generation import TextGeneration
 from workers.ranks.engine.inputs import Request, RowProblem, read_request
-from workers.ranks.engine.memory import cache_budget, peak_bytes, reset_peak
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.pace import Pace
 from workers.ranks.engine.prompts import PromptEncoder

@@ -11,7 +11,7 @@ import torch
 from shared.rows import result, row_error
 from workers.ranks.engine.batching import plan_batches
 from workers.ranks.engine.computation import Step
-from workers.ranks.engine.memory import is_out_of_memory, release_unused
+from workers.ranks.engine.device import is_out_of_memory, release_unused
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.prompts import Prompt
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shared.errors import ModelNotFound, UnsupportedModel
-from workers.ranks.engine.memory import release_unused
+from workers.ranks.engine.device import release_unused
+from workers.ranks.engine.rewrite import rewrite_for_speed
 from workers.ranks.engine.runners import measure_slots
 from workers.ranks.loading import (
     LoadError,
@@ -107,6 +108,7 @@ def _load(key: ModelKey) -> LoadedModel:
             raise ModelNotFound(error.message, param="model", hint=error.hint) from error
         code = "unsupported_model" if error.code == "model_unsuitable" else error.code
         raise UnsupportedModel(error.message, param="model", hint=error.hint, code=code) from error
+    rewrite_for_speed(model)
     model.to(key.device)  # type: ignore[arg-type]  # (a decorated method that mypy misreads)
     slots = measure_slots(model) if key.task == "text-generation" else None
     return LoadedModel(

@@ -12,8 +12,6 @@ import time
 import traceback
 from pathlib import Path
 
-import torch
-
 from shared.errors import DataError, GpuyardError
 from shared.lifecycle import FailureClass
 from shared.messages import (
@@ -28,7 +26,7 @@ from shared.messages import (
 )
 from workers.channel import Channel, ChannelClosed, ProtocolError
 from workers.ranks.engine.attempt import Attempt, compute_dtype
-from workers.ranks.engine.memory import is_out_of_memory
+from workers.ranks.engine.device import is_device_lost, is_out_of_memory, open_device
 from workers.ranks.engine.models import ModelCache
 
 FINISHED = "finished"
@@ -81,7 +79,10 @@ class Engine:
                 self._attempt = None
                 print(f"failed: {failure.message}", flush=True)
                 self._channel.send(failure)
-                if failure.failure_class is FailureClass.INFRASTRUCTURE:
+                if failure.failure_class in (
+                    FailureClass.INFRASTRUCTURE,
+                    FailureClass.LOST_DEVICE,
+                ):
                     return 1
 
     def _patience(self) -> float | None:
@@ -107,11 +108,9 @@ class Engine:
 
     def _begin(self, assignment: InferAssignment) -> None:
         started = time.monotonic()
-        torch.set_num_threads(assignment.device.threads)
+        device = open_device(assignment.device)
         dtype = compute_dtype(assignment)
-        loaded, warm = self._models.get(
-            assignment.spec.task, assignment.model_path, dtype, torch.device(assignment.device.kind)
-        )
+        loaded, warm = self._models.get(assignment.spec.task, assignment.model_path, dtype, device)
         self._attempt = Attempt(assignment, loaded, warm)
         seconds = time.monotonic() - started
         name, precision = Path(assignment.model_path).name, str(dtype).removeprefix("torch.")
@@ -161,6 +160,13 @@ def describe_failure(error: Exception, attempt_id: str) -> Failed:
             hint="Ask for a device with more memory (resources.memory_gb), or use precision bf16.",
         )
     traceback.print_exception(error)
+    if is_device_lost(error):
+        return Failed(
+            attempt_id=attempt_id,
+            failure_class=FailureClass.LOST_DEVICE,
+            code="device_error",
+            message=f"the device failed: {str(error)[:300]}",
+        )
     return Failed(
         attempt_id=attempt_id,
         failure_class=FailureClass.INFRASTRUCTURE,

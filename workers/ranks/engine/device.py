@@ -1,7 +1,12 @@
-"""Memory of the device, as far as the engine deals with it."""
+"""The one place of the engine that knows CPU from CUDA: opening a device, and its memory.
+
+The CUDA part follows PyTorch's documentation; it has not been run.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 
 import torch
@@ -10,6 +15,35 @@ from shared.messages import DeviceHandle
 
 WORKING_SHARE = 0.15
 """Share of the device's memory kept for activations and the allocator's own needs."""
+
+
+class DeviceUnavailable(Exception):
+    """The device of the assignment is not there."""
+
+
+def open_device(handle: DeviceHandle) -> torch.device:
+    """Bind the process to its device and give it its threads. Does nothing new the second time.
+
+    Raises:
+        DeviceUnavailable: CUDA sees no GPU.
+    """
+    torch.set_num_threads(handle.threads)
+    if handle.kind == "cpu":
+        return torch.device("cpu")
+    if handle.uuid is not None:
+        # One device a process, found by what survives a renumbering. Read when CUDA starts.
+        os.environ["CUDA_VISIBLE_DEVICES"] = handle.uuid
+    if not torch.cuda.is_available():
+        raise DeviceUnavailable(f"device '{handle.id}' cannot be opened: CUDA sees no GPU")
+    return torch.device("cuda", 0)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether an exception says that the device itself failed: nothing in this process can use it."""
+    text = f"{type(error).__name__}: {error}"
+    return isinstance(error, DeviceUnavailable) or bool(
+        re.search(r"CUDA error|device-side assert|AcceleratorError", text)
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
