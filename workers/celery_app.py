@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         stream=sys.stderr,
         format=f"%(asctime)s {device.id} %(levelname)s %(message)s",
     )
+    for chatty in ("celery", "kombu"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     if options.parent is not None:
         die_with_parent(options.parent, signal.SIGTERM)
     try:
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         pool="threads",
         concurrency=1,
         queues=[device.facts.capability.queue, device_queue(device.id)],
-        loglevel="WARNING",
+        loglevel="INFO",
         # What they exchange between workers is in Postgres.
         without_gossip=True,
         without_mingle=True,

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
-
-from sqlmodel import Session
 
 from shared.messages import (
     ArtifactWritten,
@@ -25,7 +21,6 @@ from shared.messages import (
 from shared.settings import Settings
 from shared.store import Holder
 from shared.store.claim import publish_rendezvous
-from shared.store.read import list_leases
 from shared.store.report import (
     append_log,
     commit_checkpoint,
@@ -38,8 +33,7 @@ from shared.store.report import (
 )
 from workers.attempt.folders import AttemptFolder, delete_checkpoint
 from workers.attempt.insist import Insistent
-
-LOOPBACK = "127.0.0.1"
+from workers.attempt.rendezvous import LOOPBACK
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +44,8 @@ class ReportWriter:
     settings: Settings
     holder: Holder
     folder: AttemptFolder
+    rank_host: str = LOOPBACK
+    """The address at which the ranks of this host listen."""
     keep_checkpoints: int = 1
 
     def write(self, report: Report) -> bool:
@@ -62,7 +58,7 @@ class ReportWriter:
         call, holder = self.store.call, self.holder
         match report:
             case Listening(port=port):
-                return call(publish_rendezvous, holder, f"{self._rank_host()}:{port}")
+                return call(publish_rendezvous, holder, f"{self.rank_host}:{port}")
             case Ready():
                 how = "was warm" if report.warm else f"was loaded in {report.seconds:.1f} s"
                 data: dict[str, Any] = {"seconds": report.seconds, "warm": report.warm}
@@ -97,27 +93,3 @@ class ReportWriter:
         for forgotten in old or ():
             delete_checkpoint(self.settings.data, forgotten)
         return old is not None
-
-    def _rank_host(self) -> str:
-        hosts = self.store.call(_hosts_of, self.holder.attempt_id)
-        return self.settings.rank_host or (
-            LOOPBACK if len(hosts) == 1 else own_address(self.settings)
-        )
-
-
-def _hosts_of(session: Session, attempt_id: str) -> set[str]:
-    leases = list_leases(session, [attempt_id])
-    return {lease.device_id.partition("@")[2] for lease in leases}
-
-
-def own_address(settings: Settings) -> str:
-    """The address under which other hosts reach this one: the one from which it reaches the broker,
-    unless that runs here."""
-    broker = urlsplit(settings.broker_url).hostname or LOOPBACK
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((broker, 9))  # connecting a datagram socket sends nothing
-            address = str(probe.getsockname()[0])
-        except OSError:
-            address = LOOPBACK
-    return socket.gethostname() if address.startswith("127.") else address

@@ -26,6 +26,7 @@ from workers.attempt.insist import GivenUp, Insistent
 from workers.attempt.keeper import LeaseKeeper
 from workers.attempt.logs import LogTail
 from workers.attempt.outcome import Cancelled, Failed, Finished, Outcome, Stale, failed
+from workers.attempt.rendezvous import rank_host
 from workers.attempt.reporter import Reporter
 from workers.attempt.reports import ReportWriter
 from workers.attempt.site import Site
@@ -104,12 +105,15 @@ class RunningAttempt:
         )
         try:
             folder.make()
-            reporter = self._start_reporter(folder)
+            host = rank_host(self.site.settings, self._store, self.claimed)
+            reporter = self._start_reporter(folder, host)
         except OSError as error:
             return _own_failure(f"the attempt's folder cannot be used: {error}")
+        except GivenUp as error:
+            return Stale(f"Postgres did not answer: {error}")
         outcome: Outcome = Stale("the worker ended")
         try:
-            outcome = self._run_process(folder, reporter)
+            outcome = self._run_process(folder, host, reporter)
         except LaunchFailed as error:
             outcome = failed(FailureClass.INFRASTRUCTURE, error.code, error.message, error.hint)
         except GivenUp as error:
@@ -124,13 +128,14 @@ class RunningAttempt:
             return self.inbox.end or Stale()
         return outcome
 
-    def _start_reporter(self, folder: AttemptFolder) -> Reporter:
+    def _start_reporter(self, folder: AttemptFolder, host: str) -> Reporter:
         checkpoint = self.claimed.spec.get("checkpoint") or {}
         writer = ReportWriter(
             self._store,
             self.site.settings,
             self.holder,
             folder,
+            rank_host=host,
             keep_checkpoints=int(checkpoint.get("keep", 1)),
         )
         if self.claimed.kind == "train":
@@ -140,12 +145,12 @@ class RunningAttempt:
         limit = self.site.settings.max_log_bytes
         return Reporter(writer, lambda write: LogTail(path, limit, write), self.inbox)
 
-    def _run_process(self, folder: AttemptFolder, reporter: Reporter) -> Outcome:
+    def _run_process(self, folder: AttemptFolder, host: str, reporter: Reporter) -> Outcome:
         limit = self.claimed.spec.get("timeout_seconds")
         deadline = None if limit is None else time.monotonic() + float(limit)
         site, claimed, inbox = self.site, self.claimed, self.inbox
         if claimed.kind == "train":
-            return run_training(site, claimed, folder, inbox, reporter, deadline)
+            return run_training(site, claimed, folder, host, inbox, reporter, deadline)
         return run_inference(site, claimed, self._store, inbox, reporter, deadline)
 
     def _conclude(self, outcome: Outcome) -> Outcome:

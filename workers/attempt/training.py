@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import select
+import time
 
 from shared.messages import (
     CheckpointRef,
@@ -26,6 +28,7 @@ from workers.attempt.outcome import (
     classify_exit,
     last_line,
 )
+from workers.attempt.rendezvous import HOST_VARIABLE
 from workers.attempt.reporter import Reporter
 from workers.attempt.site import Site
 from workers.attempt.watch import Watch
@@ -34,11 +37,15 @@ from workers.launch import Exit, RankProcess, launch
 
 log = logging.getLogger(__name__)
 
+PEER_LOST = "peer_lost"
+PEER_PATIENCE = 3.0
+
 
 def run_training(
     site: Site,
     claimed: Claimed,
     folder: AttemptFolder,
+    host: str,
     inbox: Inbox,
     reporter: Reporter,
     deadline: float | None,
@@ -51,8 +58,9 @@ def run_training(
     site.engine.end()  # a training rank has its device to itself
     rank_number = claimed.holder.rank
     log_path = folder.log(rank_number, site.device.id)
+    environment = {**site.device.environment, HOST_VARIABLE: host}
     oom = OomWatch()
-    with launch(site.nursery, "train", env=site.device.environment, log_path=log_path) as rank:
+    with launch(site.nursery, "train", env=environment, log_path=log_path) as rank:
         joined: list[str] = []
 
         def send_rendezvous() -> None:
@@ -78,6 +86,8 @@ def run_training(
         exit = rank.end(0 if isinstance(end, Stale) else site.settings.end_grace)
         if isinstance(end, Finished | Stale):
             return end
+        if watch.said_so and isinstance(end, Failed):
+            return _prefer_the_cause(end, inbox)
         # A rank may have finished, or have made a checkpoint, just before its end was ordered.
         rest = watch.read_rest()
         if isinstance(rest, Finished):
@@ -85,13 +95,25 @@ def run_training(
         if not isinstance(end, Exit):
             return end
         if isinstance(rest, Failed):
-            return rest
+            return _prefer_the_cause(rest, inbox)
         return classify_exit(
             f"rank {rank_number}",
             exit,
             out_of_memory=oom.struck(),
             last_words=last_line(log_path),
         )
+
+
+def _prefer_the_cause(said: Failed, inbox: Inbox) -> Outcome:
+    """A rank that lost a peer often knows before the peer's worker has told why. The first report
+    is the attempt's: leave it to that one, for a moment."""
+    if said.failure.code != PEER_LOST:
+        return said
+    deadline = time.monotonic() + PEER_PATIENCE
+    while inbox.end is None and (left := deadline - time.monotonic()) > 0:
+        select.select([inbox], [], [], left)
+        inbox.clear()
+    return inbox.end or said
 
 
 def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> TrainAssignment:

@@ -1,0 +1,282 @@
+"""Stand-ins for ranks, free of torch: each does what the name of its job says.
+
+They speak the same protocol as the real ones. They start in no time and die in ways that a real
+training run cannot be made to at a chosen moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from shared.lifecycle import FailureClass
+from shared.messages import (
+    ArtifactWritten,
+    CheckpointWritten,
+    ComputeShards,
+    Done,
+    Failed,
+    FileDigest,
+    InferAssignment,
+    JoinRendezvous,
+    Listening,
+    Metric,
+    Notice,
+    Progress,
+    Ready,
+    Shard,
+    ShardComputed,
+    Stop,
+    TrainAssignment,
+)
+from shared.rows import read_lines, result, row_error
+from workers.channel import Channel, ChannelClosed
+
+Rank = Channel[Any]
+
+
+def train(channel: Rank) -> int:
+    """One training rank: what ``BEHAVIOURS`` says of the job's name."""
+    assignment = channel.receive()
+    assert isinstance(assignment, TrainAssignment)
+    behave = BEHAVIOURS[assignment.spec.name or "quick"]
+    try:
+        return behave(channel, assignment) or 0
+    except ChannelClosed:
+        return 3
+
+
+def _quick(channel: Rank, job: TrainAssignment) -> None:
+    """Every kind of report once."""
+    print(
+        f"rank {job.rank} of {job.world_size} on {job.device.id}, resuming {len(job.resume_from)}"
+    )
+    print(f"threads {job.device.threads} cuda '{os.environ['CUDA_VISIBLE_DEVICES']}'")
+    channel.send(Ready(seconds=0.1))
+    channel.send(Progress(step=1, total_steps=2, loss=0.5))
+    channel.send(Metric(split="train", step=1, values={"loss": 0.5}))
+    channel.send(Notice(code="note", message="for your information", data={"x": 1}))
+    _write_checkpoint(channel, job, 1)
+    _write_artifact(channel, job, "model/weights.bin", b"weights")
+    channel.send(Progress(step=2, total_steps=2, loss=0.25))
+    sys.stdout.write("a last line without its end")
+    sys.stdout.flush()
+    channel.send(Done(attempt_id=job.attempt_id, summary={"steps": 2}))
+
+
+def _steps(channel: Rank, job: TrainAssignment) -> int:
+    """Steps with a checkpoint each, up to ``max_steps``, from where the last attempt got to."""
+    first = job.resume_from[0].step if job.resume_from else 0
+    print(f"starts at step {first}")
+    total = job.spec.hyperparameters.max_steps or 10
+    for step in range(first + 1, total + 1):
+        time.sleep(0.1)
+        _write_checkpoint(channel, job, step)
+        channel.send(Progress(step=step, total_steps=total))
+        if isinstance(channel.receive(0), Stop):
+            return 3
+    channel.send(Done(attempt_id=job.attempt_id, summary={"first": first, "steps": total}))
+    return 0
+
+
+def _wait(channel: Rank, job: TrainAssignment) -> int:
+    """Until the file ``go`` lies in the data folder, or the order to stop."""
+    _say_ready(channel)
+    while not (_data(job) / "go").exists():
+        if isinstance(channel.receive(0.05), Stop):
+            return 3
+    channel.send(Done(attempt_id=job.attempt_id, summary={"waited": True}))
+    return 0
+
+
+def _deaf(channel: Rank, job: TrainAssignment) -> None:
+    """Ignores orders, SIGTERM and the end of the channel, with grandchildren that do the same."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    subprocess.Popen(
+        ["sh", "-c", "trap '' TERM; while :; do sleep 1; done"], start_new_session=True
+    )
+    _say_ready(channel)
+    while True:
+        time.sleep(1000)
+
+
+def _gang(channel: Rank, job: TrainAssignment) -> int:
+    """Meets its fellows, then does as ``wait``."""
+    if job.rank == 0:
+        channel.send(Listening(port=4711))
+    order = channel.receive(20)
+    assert isinstance(order, JoinRendezvous), order
+    print(f"rank {job.rank} joins {order.address}")
+    return _wait(channel, job)
+
+
+def _lose_a_peer(channel: Rank, job: TrainAssignment) -> int:
+    """Rank 1 runs out of memory; rank 0 sees its peer vanish, and says so first."""
+    if job.rank == 1:
+        if job.attempt > 1:
+            channel.send(Done(attempt_id=job.attempt_id))
+            return 0
+        time.sleep(0.5)
+        channel.send(_failure(job, FailureClass.OUT_OF_MEMORY, "out_of_memory"))
+    elif job.attempt == 1:
+        channel.send(_failure(job, FailureClass.INFRASTRUCTURE, "peer_lost"))
+    else:
+        channel.send(Done(attempt_id=job.attempt_id))
+    return 1
+
+
+def _die_once(channel: Rank, job: TrainAssignment) -> int:
+    if job.attempt == 1:
+        _write_checkpoint(channel, job, 7)
+        os.kill(os.getpid(), signal.SIGKILL)
+    summary = {"resumed": [each.step for each in job.resume_from]}
+    channel.send(Done(attempt_id=job.attempt_id, summary=summary))
+    return 0
+
+
+def _crash(channel: Rank, job: TrainAssignment) -> int:
+    raise RuntimeError("the flux capacitor is empty")
+
+
+def _leave(channel: Rank, job: TrainAssignment) -> int:
+    """Ends well and has not said that it is done."""
+    return 0
+
+
+def _blame_user(channel: Rank, job: TrainAssignment) -> int:
+    channel.send(_failure(job, FailureClass.USER_ERROR, "bad_column"))
+    return 1
+
+
+def _chatty(channel: Rank, job: TrainAssignment) -> None:
+    """Some 600 kB of log in a burst, with text that is not ASCII."""
+    for number in range(20_000):
+        print(f"line {number} äöü ☃ {'x' * (number % 20)}")
+    channel.send(Done(attempt_id=job.attempt_id))
+
+
+def _outlast(channel: Rank, job: TrainAssignment) -> int:
+    """Many reports while Postgres is away: none may be lost, and their order must be kept."""
+    for step in range(1, 301):
+        channel.send(Metric(split="train", step=step, values={"loss": 1 / step}))
+        channel.send(Progress(step=step, total_steps=300))
+        time.sleep(0.02)
+    _write_checkpoint(channel, job, 300)
+    channel.send(Done(attempt_id=job.attempt_id))
+    return 0
+
+
+def _lie(channel: Rank, job: TrainAssignment) -> int:
+    """Names a checkpoint that is not its own."""
+    channel.send(CheckpointWritten(step=1, path="/etc", manifest={}))
+    channel.receive(20)
+    return 0
+
+
+BEHAVIOURS: dict[str, Callable[[Rank, TrainAssignment], int | None]] = {
+    "quick": _quick,
+    "steps": _steps,
+    "wait": _wait,
+    "deaf": _deaf,
+    "gang": _gang,
+    "lose_a_peer": _lose_a_peer,
+    "die_once": _die_once,
+    "crash": _crash,
+    "leave": _leave,
+    "blame_user": _blame_user,
+    "chatty": _chatty,
+    "outlast": _outlast,
+    "lie": _lie,
+}
+
+
+def engine(channel: Rank) -> int:
+    """An engine that writes rows back in capitals. ``slow``: 50 ms a row. ``die_once``: is killed
+    in the third shard of the first attempt. ``stuck``: takes no orders."""
+    job: InferAssignment | None = None
+    orders: deque[Shard] = deque()
+    done = 0
+    while True:
+        try:
+            message = channel.receive(0 if orders else None)
+        except ChannelClosed:
+            return 0
+        if isinstance(message, InferAssignment):
+            job, done = message, 0
+            orders.clear()
+            print(f"engine {os.getpid()} begins {job.job_id}")
+            channel.send(Ready(seconds=0.0, warm=True))
+            if job.spec.name == "stuck":
+                time.sleep(1000)
+        elif isinstance(message, ComputeShards) and job is not None:
+            orders.extend(message.shards)
+        elif isinstance(message, Stop) and job is not None:
+            orders.clear()
+            channel.send(Done(attempt_id=job.attempt_id, summary={"reason": message.reason}))
+            job = None
+        elif orders and job is not None:
+            shard = orders.popleft()
+            if job.spec.name == "die_once" and job.attempt == 1 and shard.index == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            _compute(channel, job, shard)
+            done += shard.rows
+            channel.send(Progress(step=done, total_steps=0))
+
+
+def _compute(channel: Rank, job: InferAssignment, shard: Shard) -> None:
+    results = []
+    for row, line in read_lines(Path(job.input_path), shard):
+        time.sleep(0.05 if job.spec.name == "slow" else 0)
+        try:
+            text = json.loads(line)["prompt"].upper()
+        except ValueError:
+            results.append(row_error(row, "invalid_json", "no JSON"))
+        else:
+            results.append(result(row, output={"text": text, "finish_reason": "stop"}))
+    channel.send(
+        ShardComputed(
+            attempt_id=job.attempt_id, index=shard.index, results=tuple(results), seconds=0.1
+        )
+    )
+
+
+def _say_ready(channel: Rank) -> None:
+    channel.send(Notice(code="set_up", message="set up", data={"pid": os.getpid()}))
+
+
+def _failure(job: TrainAssignment, failure_class: FailureClass, code: str) -> Failed:
+    return Failed(
+        attempt_id=job.attempt_id, failure_class=failure_class, code=code, message=f"it is {code}"
+    )
+
+
+def _write_checkpoint(channel: Rank, job: TrainAssignment, step: int) -> None:
+    folder = Path(job.work_dir) / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    data = f"state of step {step}".encode()
+    (folder / "state").write_bytes(data)
+    digest = FileDigest(size=len(data), sha256=hashlib.sha256(data).hexdigest())
+    channel.send(CheckpointWritten(step=step, path=str(folder), manifest={"state": digest}))
+
+
+def _write_artifact(channel: Rank, job: TrainAssignment, name: str, data: bytes) -> None:
+    path = Path(job.work_dir) / "artifacts" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    channel.send(
+        ArtifactWritten(name=name, kind="model", path=str(path), size=len(data), sha256=sha256)
+    )
+
+
+def _data(job: TrainAssignment) -> Path:
+    return Path(job.work_dir).parents[3]

@@ -1,0 +1,253 @@
+"""What the workers survive: killed and stopped processes, servers that go away, hints gone astray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from gpuyard.local.servers import PostgresServer, ValkeyServer
+from shared.messages import RUN_TASK, Hint
+from shared.store import read
+from tests.stack import eventually
+from tests.workers.fleet import Fleet
+
+pytestmark = pytest.mark.chaos
+
+
+def test_worker_killed_is_restarted_and_its_attempt_tried_again(
+    new_fleet: Callable[..., Fleet], database: str, valkey_url: str
+) -> None:
+    fleet = new_fleet(database, valkey_url, lease_ttl="60")  # so that no rescue is quicker
+    fleet.start_scheduler()
+    fleet.start_host()
+    job_id = fleet.train("deaf")
+    rank = fleet.wait_until_set_up(job_id)
+    left = set(fleet.rank_processes())
+    assert {rank} < left
+    killed = fleet.worker_pid("cpu0@one")
+    os.kill(killed, signal.SIGKILL)
+    # The successor ends the ranks before it registers; that ends the attempt, not its lease's end.
+    eventually(lambda: len(fleet.attempts(job_id)) == 2, 15, lambda: fleet.story(job_id))
+    assert not left & set(fleet.rank_processes())
+    first = fleet.attempts(job_id)[0]
+    assert (first.state, first.failure_class) == ("lost", "lost_worker")
+    assert first.failure is not None
+    assert first.failure["code"] == "worker_restarted"
+    assert fleet.worker_pid("cpu0@one") != killed
+    fleet.wait_for_event(job_id, "running")
+    fleet.cancel(job_id)
+    fleet.wait(job_id, "cancelled")
+
+
+def test_nursery_killed_harms_no_running_attempt(fleet: Fleet) -> None:
+    fleet.start_host()
+    job_id = fleet.train("wait")
+    fleet.wait_until_set_up(job_id)
+    [nursery] = [p for p, name in fleet.processes().items() if name == "gpuyard-nursery"]
+    os.kill(nursery, signal.SIGKILL)
+    eventually(
+        lambda: [p for p, n in fleet.processes().items() if n == "gpuyard-nursery" and p != nursery]
+    )
+    (fleet.data / "go").touch()
+    fleet.wait(job_id, "succeeded")
+    assert len(fleet.attempts(job_id)) == 1
+    fleet.wait(fleet.train("quick"), "succeeded")
+
+
+def test_supervisor_killed_leaves_nothing_and_is_tried_again(fleet: Fleet) -> None:
+    fleet.start_host()
+    job_id = fleet.train("deaf")
+    fleet.wait_until_set_up(job_id)
+    left = set(fleet.rank_processes())
+    [supervisor] = [p for p, name in fleet.rank_processes().items() if name == "gpuyard-attempt"]
+    os.kill(supervisor, signal.SIGKILL)
+    eventually(lambda: len(fleet.attempts(job_id)) == 2)
+    first = fleet.attempts(job_id)[0]
+    assert first.failure is not None
+    assert first.failure["code"] == "supervisor_killed"
+    assert not left & set(fleet.rank_processes())
+
+
+def test_worker_stopped_past_its_lease_can_write_nothing(fleet: Fleet) -> None:
+    """The job is rescued and finished on another host; the first worker wakes up to nothing."""
+    fleet.start_host("one")
+    job_id = fleet.train("steps", hyperparameters={"max_steps": 60})
+    fleet.wait_for_event(job_id, "checkpoint")
+    worker = fleet.worker_pid("cpu0@one")
+    os.kill(worker, signal.SIGSTOP)
+    fleet.start_host("two")
+    job = fleet.wait(job_id, "succeeded", within=40)
+    first, second = fleet.attempts(job_id)
+    assert first.failure is not None
+    assert first.failure["code"] == "lease_expired"
+    assert job.summary is not None
+    assert 0 < job.summary["first"] < 60
+
+    def everything() -> tuple[object, ...]:
+        checkpoints = [c.id for c in fleet.store.call(read.list_checkpoints, job_id)]
+        logs = [c.id for c in fleet.store.call(read.logs_after, job_id, 0, limit=10_000)]
+        events = [event.id for event in fleet.events(job_id)]
+        return fleet.job(job_id).model_dump(), checkpoints, logs, events
+
+    before = everything()
+    refused = fleet.log("one").read_text().count("stale write refused")
+    os.kill(worker, signal.SIGCONT)
+    # That it did try is part of the test: its rank went on and its reports waited in the channel.
+    eventually(lambda: fleet.log("one").read_text().count("stale write refused") > refused)
+    eventually(lambda: "cpu0@one" in live_devices(fleet))
+    assert everything() == before
+    owners = {c.attempt_id for c in fleet.store.call(read.list_checkpoints, job_id)}
+    assert owners == {second.id}
+    eventually(lambda: not fleet.rank_processes())
+    fleet.wait(fleet.train("quick"), "succeeded")
+
+
+def test_postgres_away_for_longer_than_the_lease_harms_no_run(
+    new_fleet: Callable[..., Fleet],
+    new_postgres: Callable[[], PostgresServer],
+    valkey_url: str,
+) -> None:
+    postgres = new_postgres()
+    fleet = new_fleet(postgres.url, valkey_url)
+    fleet.start_scheduler()
+    fleet.start_host()
+    job_id = fleet.train("outlast")  # some 6 s of work
+    eventually(lambda: fleet.job(job_id).progress is not None)
+    postgres.kill()
+    pause(5.0)  # longer than the lease (3 s)
+    postgres.start()
+    fleet.wait(job_id, "succeeded", within=40)
+    assert len(fleet.attempts(job_id)) == 1
+    metrics = fleet.store.call(read.list_metrics, job_id)
+    assert [metric.step for metric in metrics] == list(range(1, 301))
+    assert len(fleet.store.call(read.list_checkpoints, job_id)) == 1
+
+
+def test_worker_cut_off_for_too_long_gives_up(
+    new_fleet: Callable[..., Fleet],
+    new_postgres: Callable[[], PostgresServer],
+    valkey_url: str,
+) -> None:
+    """After ``abandon_after`` its ranks end, also with Postgres away; the job is tried again."""
+    postgres = new_postgres()
+    fleet = new_fleet(postgres.url, valkey_url, abandon_after="4")
+    fleet.start_scheduler()
+    fleet.start_host()
+    job_id = fleet.train("wait")
+    fleet.wait_until_set_up(job_id)
+    postgres.stop()
+    assert fleet.rank_processes()
+    eventually(lambda: not fleet.rank_processes(), 15)
+    postgres.start()
+    eventually(lambda: len(fleet.attempts(job_id)) == 2, 30, lambda: fleet.story(job_id))
+    assert fleet.attempts(job_id)[0].failure_class == "lost_worker"
+    (fleet.data / "go").touch()
+    fleet.wait(job_id, "succeeded")
+
+
+def test_broker_restarted_and_emptied_harms_nothing(
+    new_fleet: Callable[..., Fleet], new_valkey: Callable[[], ValkeyServer], database: str
+) -> None:
+    valkey = new_valkey()
+    fleet = new_fleet(database, valkey.url)
+    fleet.start_scheduler()
+    fleet.start_host()
+    job_id = fleet.train("wait")
+    fleet.wait_until_set_up(job_id)
+    waiting = fleet.train("quick")
+    valkey.kill()
+    valkey.start()
+    with redis.Redis.from_url(valkey.url) as client:
+        client.flushall()
+    (fleet.data / "go").touch()
+    for each in (job_id, waiting):
+        fleet.wait(each, "succeeded", within=40)
+        assert len(fleet.attempts(each)) == 1
+
+
+def test_hints_late_doubled_stale_and_senseless(fleet: Fleet) -> None:
+    fleet.start_host()
+    job_id = fleet.train("wait")
+    fleet.wait_until_set_up(job_id)
+    [attempt] = fleet.attempts(job_id)
+    hint = Hint(job_id=job_id, attempt_id=attempt.id, token=attempt.token, rank=0)
+    astray = [
+        hint,  # doubled
+        hint,
+        hint.model_copy(update={"token": 99}),
+        hint.model_copy(update={"rank": 5}),
+        hint.model_copy(update={"attempt_id": "att_unknown"}),
+        hint.model_copy(update={"job_id": "job_unknown"}),
+    ]
+    with fleet.celery() as client:
+        for each in astray:
+            client.send_task(RUN_TASK, kwargs=each.model_dump(), task_id=each.task_id, queue="cpu")
+        client.send_task(RUN_TASK, kwargs={"what": "is this"}, queue="device.cpu0@one")
+        (fleet.data / "go").touch()
+        fleet.wait(job_id, "succeeded")
+        client.send_task(RUN_TASK, kwargs=hint.model_dump(), task_id=hint.task_id, queue="cpu")
+        fleet.wait(fleet.train("quick"), "succeeded")
+        queues = ("cpu", "device.cpu0@one")
+        with redis.Redis.from_url(fleet.settings.broker_url) as broker:
+            eventually(lambda: not any(broker.llen(name) for name in queues))
+    said = fleet.log("one").read_text()
+    eventually(lambda: fleet.log("one").read_text().count("leads to nothing") == 6)
+    assert "no hint" in said
+    assert len(fleet.attempts(job_id)) == 1
+    assert [e.type for e in fleet.events(job_id)].count("claimed") == 1
+
+
+def test_revoke_in_flower_cancels_the_job(fleet: Fleet) -> None:
+    """Flower calls ``control.revoke``; store and events must say the same afterwards."""
+    fleet.start_host()
+    job_id = fleet.train("deaf")
+    fleet.wait_until_set_up(job_id)
+    [attempt] = fleet.attempts(job_id)
+    with fleet.celery() as client, client.connection() as connection:
+        seen: list[str] = []
+        receiver = client.events.Receiver(
+            connection, handlers={"task-revoked": lambda event: seen.append(event["uuid"])}
+        )
+        with receiver.consumer_context():
+            client.control.revoke(f"{attempt.id}.0", terminate=True)
+            deadline = time.monotonic() + 15
+            while not seen and time.monotonic() < deadline:
+                with contextlib.suppress(TimeoutError):
+                    receiver.connection.drain_events(timeout=0.5)
+        assert seen == [f"{attempt.id}.0"]
+    job = fleet.wait(job_id, "cancelled")
+    assert job.cancel_reason == "revoked in Flower"
+    assert not fleet.rank_processes()
+    fleet.wait(fleet.train("quick"), "succeeded")
+
+
+def test_worker_answers_while_it_runs_and_shows_its_device(fleet: Fleet) -> None:
+    fleet.start_host("one", "--simulate=1xT4-16GB")
+    job_id = fleet.train("wait")
+    fleet.wait_until_set_up(job_id)
+    with fleet.celery() as client:
+        stats = client.control.inspect(timeout=3).stats()
+    device = stats["gpu0@one"]["device"]
+    assert device["class"] == "cuda.sm75.16g"
+    assert device["simulated"]
+    assert "simulated" in device["model"]
+    assert device["runs"]["job_id"] == job_id
+    assert device["runs"]["label"] == "train:tiny"
+    (fleet.data / "go").touch()
+    fleet.wait(job_id, "succeeded")
+
+
+def live_devices(fleet: Fleet) -> list[str]:
+    rows = fleet.store.call(read.list_devices)
+    return [row.device.id for row in rows if row.seconds_silent < 1.5]
+
+
+def pause(seconds: float) -> None:
+    """An outage of that length; there is no event to wait for."""
+    time.sleep(seconds)
