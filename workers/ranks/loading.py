@@ -160,6 +160,14 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise LoadError("model_unsuitable", f"model folder '{folder.name}' has no text tokenizer")
+    # From a folder without any vocabulary Transformers makes one up that knows no word.
+    vocabulary = {"tokenizer.json", *type(tokenizer).vocab_files_names.values()}
+    if not any((folder / name).is_file() for name in vocabulary):
+        raise LoadError(
+            "model_unsuitable",
+            f"model folder '{folder.name}' has no tokenizer files",
+            "tokenizer.save_pretrained(folder) writes them beside the model's.",
+        )
     return tokenizer
 
 
