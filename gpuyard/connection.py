@@ -67,7 +67,11 @@ def _read_instance(path: Path) -> dict[str, Any] | None:
         instance = json.loads(path.read_text())
     except (OSError, ValueError):
         return None  # no stack runs, or it is just writing the file
-    return instance if isinstance(instance, dict) and instance.get("url") else None
+    if not isinstance(instance, dict) or not instance.get("url"):
+        return None
+    # One that was killed could not remove its file.
+    alive = not Path("/proc/self").exists() or Path(f"/proc/{instance.get('pid')}").exists()
+    return instance if alive else None
 
 
 def _checked(url: str) -> str:

@@ -1,0 +1,345 @@
+"""Views as text and tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shared.lifecycle import AttemptState, JobState
+from shared.views import (
+    ArtifactView,
+    AttemptView,
+    DeviceView,
+    EventView,
+    FileView,
+    JobDetail,
+    JobView,
+    WorkerView,
+)
+
+STYLES = {
+    "queued": "yellow",
+    "dispatched": "cyan",
+    "running": "cyan",
+    "cancelling": "magenta",
+    "succeeded": "green",
+    "failed": "red",
+    "lost": "red",
+    "cancelled": "magenta",
+    "up": "green",
+    "draining": "yellow",
+    "silent": "red",
+    "gone": "dim",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """``from_width``: terminals narrower than that do without it. ``whole``: never cut."""
+
+    title: str
+    from_width: int = 0
+    whole: bool = False
+    right: bool = False
+
+
+def table(console: Console, columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> Table:
+    """A table that fits: columns leave before what identifies a row is cut."""
+    shown = [i for i, column in enumerate(columns) if console.width >= column.from_width]
+    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for i in shown:
+        column = columns[i]
+        result.add_column(
+            column.title,
+            no_wrap=True,
+            overflow="ellipsis",
+            min_width=None,
+            justify="right" if column.right else "left",
+        )
+        if column.whole:
+            result.columns[-1].overflow = "fold"
+            result.columns[-1].no_wrap = False
+    for row in rows:
+        cells = [row[i] if isinstance(row[i], Text) else _one_line(row[i]) for i in shown]
+        # A column that must stay whole gets the width of its widest cell.
+        for place, i in enumerate(shown):
+            if columns[i].whole:
+                column_ = result.columns[place]
+                column_.min_width = max(column_.min_width or 0, len(str(cells[place])))
+        result.add_row(*cells)
+    return result
+
+
+def _one_line(value: Any) -> str:
+    """Other people's text without what would move the cursor."""
+    text = "" if value is None else str(value)
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def state(value: str) -> Text:
+    return Text(str(value), style=STYLES.get(str(value), ""))
+
+
+def size(count: int) -> str:
+    """Bytes for people, in binary units."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if amount < 1024 or unit == "GiB":
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """42 s, 3 m 05 s, 2 h 07 m, 3 d 04 h."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} m {rest:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes:02d} m"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours:02d} h"
+
+
+def age(then: datetime) -> str:
+    return duration((datetime.now(then.tzinfo) - then).total_seconds())
+
+
+def clock(then: datetime) -> str:
+    return then.astimezone().strftime("%H:%M:%S")
+
+
+def date(then: datetime | None) -> str:
+    return then.astimezone().strftime("%Y-%m-%d %H:%M:%S") if then else ""
+
+
+def number(value: Any) -> str:
+    """Four significant digits for a float; whole numbers as they are."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def percent(job: JobView) -> str:
+    progress = job.progress
+    if job.state is JobState.SUCCEEDED:
+        return "100%"
+    if progress is None or not progress.total_steps:
+        return ""
+    return f"{min(100, 100 * progress.step // progress.total_steps)}%"
+
+
+def remark(job: JobView) -> str:
+    """What is worth knowing about a job in one line: why it waits or why it failed."""
+    if job.failure is not None and job.state is JobState.FAILED:
+        return f"{job.failure.code}: {job.failure.message}"
+    if not job.state.terminal and job.waiting_reason and not job.state.active:
+        return job.waiting_reason
+    return ""
+
+
+def jobs(console: Console, items: Sequence[JobView]) -> Table:
+    columns = [
+        Column("JOB", whole=True),
+        Column("STATE", whole=True),
+        Column("DONE", 50, right=True),
+        Column("TASK", 80),
+        Column("MODEL", 100),
+        Column("NAME", 120),
+        Column("AGE", 60),
+        Column("REMARK", 110),
+    ]
+    rows = [
+        (
+            job.id, state(job.state), percent(job), job.task if job.kind == "infer" else
+            f"train {job.task}", job.model, job.name, age(job.created_at), remark(job),
+        )
+        for job in items
+    ]  # fmt: skip
+    return table(console, columns, rows)
+
+
+def fields(pairs: Iterable[tuple[str, Any]]) -> Table:
+    """Names and values one below the other; what is empty is left out."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in pairs:
+        if value not in (None, "", [], {}):
+            grid.add_row(name, value if isinstance(value, Text) else _one_line(value))
+    return grid
+
+
+def job_fields(job: JobDetail) -> Table:
+    """All about a job but its attempts and events."""
+    progress = job.progress
+    took = None
+    if job.started_at is not None:
+        end = job.finished_at or datetime.now(job.started_at.tzinfo)
+        took = duration((end - job.started_at).total_seconds())
+    failure = job.failure if job.state is JobState.FAILED else None
+    return fields(
+        [
+            ("job", job.id),
+            ("name", job.name),
+            ("state", state(job.state)),
+            ("waits for", remark(job) if job.state is JobState.QUEUED else None),
+            ("failed", f"{failure.message} [{failure.failure_class}: {failure.code}]" if failure else None),
+            ("hint", failure.hint if failure else None),
+            ("task", f"{job.kind} {job.task}"),
+            ("model", job.model),
+            ("needs", needs(job.requirements)),
+            ("priority", job.priority or None),
+            ("progress", pace(job) if progress else None),
+            ("submitted", date(job.created_at)),
+            ("started", date(job.started_at)),
+            ("finished", date(job.finished_at)),
+            ("took", took),
+            ("result", summary(job)),
+        ]
+    )  # fmt: skip
+
+
+def needs(requirements: dict[str, Any]) -> str:
+    """Requirements in words, those that ask for something."""
+    parts = []
+    for name, value in requirements.items():
+        if name == "memory_bytes" and value:
+            parts.append(f"{size(value)} memory")
+        elif value not in (None, "", [], {}, False, 0):
+            text = ", ".join(map(str, value)) if isinstance(value, list) else number(value)
+            parts.append(f"{name.replace('_', ' ')} {text}")
+    return " · ".join(parts)
+
+
+def summary(job: JobView) -> str:
+    """The numbers a job ended with."""
+    return " · ".join(
+        f"{name.replace('_', ' ')} {number(value)}"
+        for name, value in (job.summary or {}).items()
+        if isinstance(value, int | float | str) and not isinstance(value, bool)
+    )
+
+
+def pace(job: JobDetail, rows_per_second: float | None = None) -> str:
+    """Where the work stands: steps, loss, learning rate, speed, time left."""
+    progress = job.progress
+    parts = []
+    if job.kind == "infer" and job.rows_total:
+        parts.append(f"{job.rows_done or 0}/{job.rows_total} rows")
+        if job.row_errors:
+            parts.append(f"{job.row_errors} with errors")
+    elif progress is not None:
+        parts.append(f"step {progress.step}/{progress.total_steps}")
+        if progress.epoch:
+            parts.append(f"epoch {progress.epoch:.2f}")
+    eta = None
+    if progress is not None:
+        unit = "rows/s" if job.kind == "infer" else "examples/s"
+        speed = progress.examples_per_second or rows_per_second
+        for text, value in (
+            ("loss {:.4g}", progress.loss),
+            ("lr {:.2e}", progress.learning_rate),
+            ("{:.1f} " + unit, speed),
+            ("{:.0f} tokens/s", progress.tokens_per_second),
+        ):
+            if value is not None:
+                parts.append(text.format(value))
+        eta = progress.eta_seconds
+    if eta is not None and not job.state.terminal:
+        parts.append(f"ETA {duration(eta)}")
+    return " · ".join(parts)
+
+
+def attempts(console: Console, items: Sequence[AttemptView]) -> Table:
+    columns = [
+        Column("ATTEMPT", whole=True, right=True),
+        Column("STATE", whole=True),
+        Column("DEVICES", 60),
+        Column("STARTED", 90),
+        Column("TOOK", 70),
+        Column("FAILURE", 50),
+    ]
+    rows = []
+    for attempt in items:
+        start, end = attempt.started_at, attempt.finished_at
+        devices = ", ".join(dict.fromkeys(rank.device_id for rank in attempt.ranks))
+        failure = attempt.failure if attempt.state is not AttemptState.CANCELLED else None
+        took = duration((end - start).total_seconds()) if start and end else ""
+        rows.append(
+            (
+                attempt.number, state(attempt.state), devices, clock(start) if start else "", took,
+                f"{failure.failure_class}: {failure.message}" if failure else "",
+            )
+        )  # fmt: skip
+    return table(console, columns, rows)
+
+
+def event(item: EventView) -> Text:
+    return Text.assemble((clock(item.at), "dim"), "  ", _one_line(item.message))
+
+
+def files(console: Console, items: Sequence[FileView]) -> Table:
+    columns = [
+        Column("FILE", whole=True),
+        Column("SIZE", whole=True, right=True),
+        Column("AGE", 60),
+        Column("SHA-256", 120),
+        Column("NAME"),
+    ]
+    rows = [(f.id, size(f.size), age(f.created_at), f.sha256[:16], f.name) for f in items]
+    return table(console, columns, rows)
+
+
+def artifacts(console: Console, items: Sequence[ArtifactView]) -> Table:
+    columns = [
+        Column("ARTIFACT", whole=True),
+        Column("KIND", 60),
+        Column("SIZE", whole=True, right=True),
+        Column("SHA-256", 80),
+        Column("PATH ON THE SERVICE", 140),
+    ]
+    rows = [(a.name, a.kind, size(a.size), a.sha256[:16], a.path) for a in items]
+    return table(console, columns, rows)
+
+
+def fleet(console: Console, devices: Sequence[DeviceView], workers: Sequence[WorkerView]) -> Table:
+    """Devices with what serves them and what they run."""
+    serving = {worker.device_id: worker for worker in workers}
+    columns = [
+        Column("DEVICE", whole=True),
+        Column("STATE", whole=True),
+        Column("RUNS", whole=True),
+        Column("MODEL", 100),
+        Column("CLASS (QUEUE)", 80),
+        Column("MEMORY", 90, right=True),
+        Column("WARM", 150),
+        Column("WORKER", 120),
+    ]
+    rows = []
+    for device in devices:
+        worker = serving.get(device.id)
+        model = f"{device.model} (simulated)" if device.simulated else device.model
+        name = Text(device.id)
+        if device.simulated:
+            name.append(" sim" if console.width >= 100 else " (simulated)", style="yellow")
+        shown = state(device.state)
+        if device.state == "silent":
+            shown.append(f" {duration(device.seconds_silent)}")
+        runs = f"{device.job_id}" + (f" rank {device.rank}" if device.rank else "")
+        rows.append(
+            (
+                name, shown, runs if device.job_id else "-", model, device.queue,
+                size(device.memory_bytes), ", ".join(device.warm),
+                f"pid {worker.pid}, {worker.version}" if worker else "",
+            )
+        )  # fmt: skip
+    return table(console, columns, rows)
