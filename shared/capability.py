@@ -104,6 +104,10 @@ def parse_simulated(text: str) -> tuple[SimulatedDevice, ...]:
             )
         compute, memory = KNOWN_GPUS[name]
         gib = int(match[3] or memory)
+        if gib not in range(1, 1025):
+            raise ConfigurationError(
+                f"--simulate: no device has {gib} GB, as '{part}' says", param="simulate"
+            )
         capability = Capability("cuda", compute, gib * GIB)
         devices += [SimulatedDevice(f"{name}-{gib}GB", capability)] * int(match[1] or 1)
     if not devices:

@@ -112,6 +112,13 @@ JOB_TRANSITIONS: tuple[Transition[JobState], ...] = (
     Transition(_J.RUNNING, _J.FAILED, "end_attempt", "worker, scheduler", "no retry is left"),
     Transition(_J.CANCELLING, _J.CANCELLED, "leave_attempt", "worker", "the last rank is gone"),
     Transition(
+        _J.CANCELLING,
+        _J.CANCELLED,
+        "finish_rank",
+        "worker",
+        "the last rank had finished, others left",
+    ),
+    Transition(
         _J.CANCELLING, _J.CANCELLED, "end_attempt", "worker, scheduler", "its attempt ended"
     ),
     Transition(
@@ -129,11 +136,15 @@ ATTEMPT_TRANSITIONS: tuple[Transition[AttemptState], ...] = (
     Transition(_A.DISPATCHED, _A.FAILED, "end_attempt", "worker", "a rank failed at its start"),
     Transition(_A.DISPATCHED, _A.CANCELLED, "cancel_job", "api", "no rank was claimed yet"),
     Transition(_A.DISPATCHED, _A.CANCELLED, "leave_attempt", "worker", "cancelled, ranks are gone"),
+    Transition(_A.DISPATCHED, _A.CANCELLED, "finish_rank", "worker", "cancelled, ranks are gone"),
     Transition(_A.DISPATCHED, _A.LOST, "end_attempt", "scheduler", "nobody claimed it in time"),
+    Transition(_A.DISPATCHED, _A.LOST, "release_lease", "worker", "a rank was given up"),
     Transition(_A.RUNNING, _A.SUCCEEDED, "finish_rank", "worker", "every rank succeeded"),
     Transition(_A.RUNNING, _A.FAILED, "end_attempt", "worker", "a rank failed"),
     Transition(_A.RUNNING, _A.CANCELLED, "leave_attempt", "worker", "cancelled, ranks are gone"),
+    Transition(_A.RUNNING, _A.CANCELLED, "finish_rank", "worker", "cancelled, ranks are gone"),
     Transition(_A.RUNNING, _A.LOST, "end_attempt", "scheduler", "a lease ran out"),
+    Transition(_A.RUNNING, _A.LOST, "release_lease", "worker", "a rank was given up"),
 )
 
 _LEGAL_JOB = {(t.source, t.target) for t in JOB_TRANSITIONS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -74,7 +75,8 @@ def claim_rank(
         return Refusal.STALE
     if lease.state == LeaseState.HELD:
         return Refusal.CLAIMED
-    device = session.get(Device, device_id, populate_existing=True)
+    # Shared with nobody who registers or drains it: either sees this claim, or this sees that.
+    device = session.get(Device, device_id, populate_existing=True, with_for_update={"read": True})
     if device is None or device.worker_id != worker_id or device.state != "up":
         return Refusal.NOT_SERVING
     if lease.device_id != device_id and not _move_reservation(session, lease, device_id):
@@ -119,12 +121,11 @@ def _start(session: Session, job: Job, attempt: Attempt) -> None:
 
 
 def _move_reservation(session: Session, lease: Lease, device_id: str) -> bool:
-    other = session.exec(
-        select(Lease)
-        .where(Lease.device_id == device_id, Lease.state != LeaseState.RELEASED)
-        .with_for_update()
-        .execution_options(populate_existing=True)
-    ).first()
+    """Move the reservation to ``device_id``, or swap it with the one there. False: it cannot be."""
+    open_ones = _lock_open_leases(session, lease, device_id)
+    if lease.device_id == device_id:
+        return True  # the owner of the other reservation has just swapped the two
+    other = next((found for found in open_ones if found.device_id == device_id), None)
     if other is None:
         session.execute(
             update(Lease)
@@ -149,6 +150,25 @@ def _move_reservation(session: Session, lease: Lease, device_id: str) -> bool:
         .execution_options(synchronize_session=False)
     )
     return True
+
+
+def _lock_open_leases(session: Session, lease: Lease, device_id: str) -> Sequence[Lease]:
+    """Lock the open leases of both devices, in one order: two workers that hold each other's hint
+    arrive here together, and would wait for each other."""
+    while True:
+        found = session.exec(
+            select(Lease)
+            .where(
+                col(Lease.device_id).in_([lease.device_id, device_id]),
+                Lease.state != LeaseState.RELEASED,
+            )
+            .order_by(col(Lease.device_id))
+            .with_for_update()
+            .execution_options(populate_existing=True)
+        ).all()
+        if lease in found:
+            return found
+        session.refresh(lease)  # a third claim moved it while we waited
 
 
 def _ranks(session: Session, attempt_id: str, state: LeaseState) -> list[int]:

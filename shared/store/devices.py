@@ -65,25 +65,31 @@ def register_device(session: Session, facts: DeviceFacts, pid: int, version: str
         .values(id=facts.id, **new)
         .on_conflict_do_update(index_elements=["id"], set_=new)
     )
-    _release_left_overs(session, facts.id, f"the worker of {facts.id} was restarted")
+    _end_left_overs(session, facts.id, LeaseState.HELD, f"the worker of {facts.id} was restarted")
     wake(session, WAKE_SCHEDULER)
     return worker.id
 
 
-def _release_left_overs(session: Session, device_id: str, message: str) -> None:
+def _end_left_overs(session: Session, device_id: str, state: LeaseState, message: str) -> None:
+    """End the attempts that have a lease of this state on the device. A rank that nobody claimed yet
+    costs the job no try."""
+    failure = (
+        Failure(FailureClass.LOST_WORKER, "worker_restarted", message)
+        if state is LeaseState.HELD
+        else Failure(FailureClass.UNCLAIMED, "device_leaves", message)
+    )
     left = session.exec(
         select(Lease, Attempt)
         .join(Attempt, col(Attempt.id) == col(Lease.attempt_id))
-        .where(Lease.device_id == device_id, Lease.state == LeaseState.HELD)
+        .where(Lease.device_id == device_id, Lease.state == state)
     ).all()
     for lease, attempt in left:
         lock_job(session, attempt.job_id)
         session.refresh(lease)
-        if lease.state != LeaseState.HELD or lease.device_id != device_id:
+        if lease.state != state or lease.device_id != device_id:
             continue
         release(lease)
         session.flush()
-        failure = Failure(FailureClass.LOST_WORKER, "worker_restarted", message)
         end_attempt(session, attempt.job_id, attempt.id, attempt.token, AttemptState.LOST, failure)
 
 
@@ -105,16 +111,20 @@ def heartbeat(session: Session, worker_id: str, warm: list[str] | None = None) -
 
 
 def drain_device(session: Session, worker_id: str) -> bool:
-    """Give the device no new work; what it runs goes on."""
-    return _set_state(session, worker_id, "draining")
+    """Give the device no new work, and what it has not begun to another; what it runs goes on."""
+    device = _set_state(session, worker_id, "draining")
+    if device is not None:
+        _end_left_overs(session, device, LeaseState.RESERVED, f"{device} is being drained")
+        wake(session, WAKE_SCHEDULER)
+    return device is not None
 
 
 def end_worker(session: Session, worker_id: str) -> bool:
     """The worker process ends in an orderly way; its device is gone until another serves it."""
-    _set_state(session, worker_id, "gone")
-    device = session.exec(select(Device.id).where(Device.worker_id == worker_id)).first()
+    device = _set_state(session, worker_id, "gone")
     if device is not None:
-        _release_left_overs(session, device, f"the worker of {device} was stopped")
+        for state in (LeaseState.RESERVED, LeaseState.HELD):
+            _end_left_overs(session, device, state, f"the worker of {device} was stopped")
     ended = session.execute(
         update(Worker)
         .where(col(Worker.id) == worker_id, col(Worker.ended_at).is_(None))
@@ -125,11 +135,12 @@ def end_worker(session: Session, worker_id: str) -> bool:
     return ended is not None
 
 
-def _set_state(session: Session, worker_id: str, state: str) -> bool:
+def _set_state(session: Session, worker_id: str, state: str) -> str | None:
+    """The id of the device that this worker serves; None if another one serves it by now."""
     changed = session.execute(
         update(Device)
         .where(col(Device.worker_id) == worker_id)
         .values(state=state)
         .returning(col(Device.id))
     ).first()
-    return changed is not None
+    return None if changed is None else str(changed[0])

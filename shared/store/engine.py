@@ -11,6 +11,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import psycopg
 from sqlalchemy import ColumnElement, create_engine, func, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session
 
 from shared.errors import Unavailable
@@ -31,6 +32,15 @@ WAKE_ATTEMPT = "gpuyard_attempt"
 # nothing happened, and the same call again sees what the other one did.
 _RETRYABLE = {"40P01", "40001", "23P01"}
 _TRIES = 5
+_CONNECT_ARGS: dict[str, Any] = {
+    "connect_timeout": 5,
+    "application_name": "gpuyard",
+    # A cut network must not look like a slow query, or like a quiet channel, for ever.
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
 
 
 class Store:
@@ -44,15 +54,7 @@ class Store:
             max_overflow=8,
             pool_pre_ping=True,
             pool_timeout=30,
-            connect_args={
-                "connect_timeout": 5,
-                "application_name": "gpuyard",
-                # A cut network must not look like a slow query for ever.
-                "keepalives_idle": 10,
-                "keepalives_interval": 5,
-                "keepalives_count": 3,
-                "tcp_user_timeout": 30_000,
-            },
+            connect_args=_CONNECT_ARGS,
         )
 
     @contextmanager
@@ -80,11 +82,10 @@ class Store:
                     log.info("%s: %s; again", function.__name__, error.orig)
                     continue
                 if is_connection_loss(error):
-                    raise Unavailable(
-                        "the job store (Postgres) cannot be reached",
-                        hint="It is retried; see that DATABASE_URL is right and the server is up.",
-                    ) from error
+                    raise _unreachable() from error
                 raise
+            except PoolTimeout as error:  # all connections hang in calls that get no answer
+                raise _unreachable() from error
         raise AssertionError("unreachable")
 
     def wait_until_ready(self, *, announce: Callable[[str], None], timeout: float = 3600) -> None:
@@ -140,9 +141,7 @@ class Listener:
         started = time.monotonic()
         try:
             if self._connection is None or self._connection.closed:
-                self._connection = psycopg.connect(
-                    self._conninfo, autocommit=True, connect_timeout=5
-                )
+                self._connection = psycopg.connect(self._conninfo, autocommit=True, **_CONNECT_ARGS)
                 for channel in self._channels:
                     self._connection.execute(f'LISTEN "{channel}"')
             found = self._connection.notifies(timeout=timeout, stop_after=1)
@@ -156,6 +155,13 @@ class Listener:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _unreachable() -> Unavailable:
+    return Unavailable(
+        "the job store (Postgres) cannot be reached",
+        hint="It is retried; see that DATABASE_URL is right and the server is up.",
+    )
 
 
 def is_connection_loss(error: DBAPIError) -> bool:

@@ -23,6 +23,7 @@ from shared.store.guard import (
     move_attempt,
     move_job,
     release,
+    storable,
     tell,
 )
 from shared.store.report import row_totals
@@ -39,7 +40,7 @@ class Failure:
     hint: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return {"code": self.code, "message": self.message, "hint": self.hint}
+        return dict(storable({"code": self.code, "message": self.message, "hint": self.hint}))
 
 
 def finish_rank(session: Session, holder: Holder, summary: dict[str, Any]) -> bool:
@@ -60,10 +61,13 @@ def finish_rank(session: Session, holder: Holder, summary: dict[str, Any]) -> bo
     release(lease)
     lease.succeeded = True
     if holder.rank == 0:
-        job.summary = summary
+        job.summary = storable(summary)
     session.flush()
     others = session.exec(select(Lease).where(Lease.attempt_id == attempt.id)).all()
-    if all(other.succeeded for other in others):
+    if job.state == JobState.CANCELLING and not all(other.succeeded for other in others):
+        # A cancelled gang in which some ranks left and this one had finished before it heard.
+        _cancel_with_last_rank(session, job, attempt)
+    elif all(other.succeeded for other in others):
         move_attempt(attempt, AttemptState.SUCCEEDED)
         attempt.finished_at = db_now()  # type: ignore[assignment]
         move_job(job, JobState.SUCCEEDED)
@@ -93,6 +97,12 @@ def leave_attempt(session: Session, holder: Holder) -> bool:
         raise AssertionError(f"{job.id} is {job.state}: its ranks may not leave")
     release(rows.lease)
     session.flush()
+    _cancel_with_last_rank(session, job, attempt)
+    wake(session, WAKE_SCHEDULER)
+    return True
+
+
+def _cancel_with_last_rank(session: Session, job: Job, attempt: Attempt) -> None:
     open_ranks = session.exec(
         select(Lease.rank).where(Lease.attempt_id == attempt.id, Lease.state == LeaseState.HELD)
     ).all()
@@ -100,18 +110,32 @@ def leave_attempt(session: Session, holder: Holder) -> bool:
         reason = job.cancel_reason or "by the user"
         cancelled = Failure(FailureClass.CANCELLED, "cancelled", reason)
         _end(session, job, attempt, AttemptState.CANCELLED, cancelled)
-    wake(session, WAKE_SCHEDULER)
-    return True
 
 
 def release_lease(session: Session, holder: Holder) -> bool:
-    """The processes of a stale rank are gone: its device is free. False: it was released before."""
-    if lock_job(session, holder.job_id) is None:
-        return False
+    """The processes of a rank are gone, and it reports no end of its own: its device is free. False:
+    it was released before.
+
+    Meant for stale ranks. Should the attempt still be out (the worker gave up renewing, and nobody
+    has rescued it), it is lost with this: without a lease nothing else would ever end it.
+    """
+    job = lock_job(session, holder.job_id)
+    attempt = session.get(Attempt, holder.attempt_id, populate_existing=True)
     lease = session.get(Lease, (holder.attempt_id, holder.rank), populate_existing=True)
-    if lease is None or lease.state != LeaseState.HELD or lease.worker_id != holder.worker_id:
+    if job is None or attempt is None or lease is None or attempt.token != holder.token:
+        return False
+    if lease.state != LeaseState.HELD or lease.worker_id != holder.worker_id:
         return False
     release(lease)
+    session.flush()
+    if not AttemptState(attempt.state).terminal:
+        abandoned = Failure(
+            FailureClass.LOST_WORKER,
+            "abandoned",
+            f"{lease.device_id} gave up rank {lease.rank}: it could not keep its lease",
+            "See whether its host reaches Postgres.",
+        )
+        _end(session, job, attempt, AttemptState.LOST, abandoned)
     wake(session, WAKE_SCHEDULER)
     return True
 

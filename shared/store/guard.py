@@ -9,6 +9,7 @@ transitions one order, so a reader that saw id n has seen all before it.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,8 +105,25 @@ def tell(
     **data: Any,
 ) -> None:
     """Add to the job's story. The caller holds the job's lock."""
-    session.add(Event(job_id=job.id, attempt=attempt, type=type, message=message, data=data))
+    clean: dict[str, Any] = storable(data)
+    session.add(
+        Event(job_id=job.id, attempt=attempt, type=type, message=storable(message), data=clean)
+    )
     wake(session, WAKE_JOB, job.id)
+
+
+def storable(value: Any) -> Any:
+    """``value`` as Postgres can keep it: text and JSONB have no NUL, and JSON has no NaN (a loss that
+    diverged becomes null). What went wrong in a job must never make its report fail, too."""
+    if isinstance(value, str):
+        return value.replace("\x00", "\N{REPLACEMENT CHARACTER}")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {storable(key): storable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [storable(item) for item in value]
+    return value
 
 
 def release(lease: Lease) -> None:

@@ -6,12 +6,14 @@ attempt cannot make one count.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import select as sa_select
 from sqlalchemy import update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
+from sqlalchemy.orm import load_only
 from sqlmodel import Session, col, func, select
 
 from shared import ids
@@ -19,7 +21,7 @@ from shared.messages import FileDigest
 from shared.messages import Shard as ShardRange
 from shared.rows import pack_results
 from shared.store.engine import WAKE_JOB, db_now, wake
-from shared.store.guard import Holder, held, tell
+from shared.store.guard import Holder, held, storable, tell
 from shared.tables import Artifact, Checkpoint, LogChunk, Metric, Shard
 
 
@@ -39,7 +41,7 @@ def record_progress(session: Session, holder: Holder, progress: dict[str, Any]) 
     rows = held(session, holder)
     if rows is None:
         return False
-    rows.job.progress = {**progress, "attempt": rows.attempt.number}
+    rows.job.progress = {**storable(progress), "attempt": rows.attempt.number}
     wake(session, WAKE_JOB, holder.job_id)
     return True
 
@@ -47,11 +49,13 @@ def record_progress(session: Session, holder: Holder, progress: dict[str, Any]) 
 def record_metric(
     session: Session, holder: Holder, split: str, step: int, values: dict[str, float]
 ) -> bool:
-    """Values at a step. A resumed attempt repeats steps and replaces what was said of them."""
+    """Values at a step. A resumed attempt repeats steps and replaces what was said of them. Values
+    that are no finite numbers (a loss that diverged) are left out: JSON has none."""
     rows = held(session, holder)
     if rows is None:
         return False
-    new = {"attempt": rows.attempt.number, "values": values, "at": db_now()}
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    new = {"attempt": rows.attempt.number, "values": finite, "at": db_now()}
     session.execute(
         pg_insert(Metric)
         .values(job_id=holder.job_id, split=split, step=step, **new)
@@ -67,9 +71,8 @@ def append_log(session: Session, holder: Holder, text: str) -> bool:
     if rows is None:
         return False
     number = rows.attempt.number
-    # Postgres text has no NUL.
-    clean = text.replace("\x00", "\N{REPLACEMENT CHARACTER}")
-    session.add(LogChunk(job_id=holder.job_id, attempt=number, rank=holder.rank, text=clean))
+    chunk = LogChunk(job_id=holder.job_id, attempt=number, rank=holder.rank, text=storable(text))
+    session.add(chunk)
     wake(session, WAKE_JOB, holder.job_id)
     return True
 
@@ -82,7 +85,7 @@ def commit_checkpoint(
     if rows is None:
         return False
     size = sum(file.size for file in manifest.values())
-    session.execute(
+    new = session.execute(
         pg_insert(Checkpoint)
         .values(
             id=ids.new_id(ids.CHECKPOINT),
@@ -95,11 +98,13 @@ def commit_checkpoint(
             size=size,
         )
         .on_conflict_do_nothing(index_elements=["attempt_id", "step"])
-    )
-    tell(
-        session, rows.job, "checkpoint", f"checkpoint at step {step}",
-        attempt=rows.attempt.number, step=step, size=size,
-    )  # fmt: skip
+        .returning(col(Checkpoint.id))
+    ).first()
+    if new is not None:  # else it is the repeat of a call whose answer was lost
+        tell(
+            session, rows.job, "checkpoint", f"checkpoint at step {step}",
+            attempt=rows.attempt.number, step=step, size=size,
+        )  # fmt: skip
     return True
 
 
@@ -165,17 +170,23 @@ def commit_shard(
     session: Session, holder: Holder, index: int, results: Sequence[dict[str, Any]], seconds: float
 ) -> bool:
     """Results of a shard, once. A shard that is committed already stays as it is (and that is well:
-    only this attempt's earlier, unanswered call can have done it)."""
+    only this attempt's earlier, unanswered call can have done it).
+
+    Raises:
+        AssertionError: the job has no such shard, or it has another number of rows; a defect.
+    """
     rows = held(session, holder)
     if rows is None:
         return False
+    shard = session.get(Shard, (holder.job_id, index), options=[load_only(Shard.rows)])  # type: ignore[arg-type]
+    if shard is None or shard.rows != len(results):
+        raise AssertionError(f"{holder.job_id} has no shard {index} of {len(results)} rows")
     session.execute(
         update(Shard)
         .where(
             col(Shard.job_id) == holder.job_id,
             col(Shard.index) == index,
             col(Shard.committed_at).is_(None),
-            col(Shard.rows) == len(results),
         )
         .values(
             attempt_id=holder.attempt_id,

@@ -52,7 +52,7 @@ class Snapshot:
     devices: tuple[DeviceState, ...]
 
 
-def take_snapshot(session: Session, device_timeout: float, limit: int = 2000) -> Snapshot:
+def take_snapshot(session: Session, device_timeout: float, limit: int = 10_000) -> Snapshot:
     """All devices, and the ``limit`` first queued jobs by priority and age."""
     now = session.exec(select(func.clock_timestamp())).one()
     ending = (

@@ -1,0 +1,367 @@
+"""Drives the real store functions in random order against a real Postgres.
+
+After each call the invariants of the lifecycle must hold, a refused write must have changed nothing,
+and at the end every job must still be able to come to an end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from shared.capability import device_queue
+from shared.lifecycle import (
+    AttemptState,
+    FailureClass,
+    JobState,
+    LeaseState,
+    attempt_may_become,
+    job_may_become,
+)
+from shared.messages import FileDigest, Hint
+from shared.rows import result
+from shared.store import Holder, Store
+from shared.store.cancel import cancel_job
+from shared.store.claim import Answer, Claimed, claim_rank, renew_lease
+from shared.store.devices import drain_device, end_worker
+from shared.store.dispatch import Placed, dispatch_attempt
+from shared.store.finish import fail_rank, finish_rank, leave_attempt, release_lease
+from shared.store.report import commit_checkpoint, commit_shard, record_progress
+from shared.store.rescue import ExpiredLease, expired_leases, rescue_lease
+from tests.store import world
+
+DEVICES = ("cpu0@a", "cpu1@a")
+ENDS = ("succeeded", "failed", "cancelled")
+pick = st.integers(0, 10**6)
+
+
+class JobStore(RuleBasedStateMachine):
+    def __init__(self, store: Store, connection: psycopg.Connection[Any]) -> None:
+        super().__init__()
+        self.store, self.connection = store, connection
+        connection.execute("TRUNCATE jobs, devices, workers, leader CASCADE")
+        self.workers = {device: world.register(store, device) for device in DEVICES}
+        self.old_workers: list[tuple[str, str]] = []
+        self.terms = [world.become_leader(store)]
+        self.jobs: list[str] = []
+        self.hints: list[Hint] = []
+        self.holders: list[Holder] = []
+        self.expired: list[ExpiredLease] = []
+        self.before = self.look()
+        """As it was after the last call."""
+
+    # --- what happens --------------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.jobs) < 4)
+    @rule(devices=st.sampled_from([1, 1, 2]), shards=st.sampled_from([0, 2]))
+    def submit(self, devices: int, shards: int) -> None:
+        if shards:
+            self.jobs.append(world.submit(self.store, shards=shards))
+        else:
+            self.jobs.append(world.submit(self.store, world.needs(devices=devices)))
+
+    @precondition(lambda self: self.jobs)
+    @rule(n=pick, order=st.permutations(DEVICES), targeted=st.booleans(), old_term=st.booleans())
+    def dispatch(self, n: int, order: list[str], targeted: bool, old_term: bool) -> None:
+        job_id = self.jobs[n % len(self.jobs)]
+        job = self.job(job_id)
+        count = int(job["resolved"]["requirements"]["devices"])
+        term = self.terms[0] if old_term else self.terms[-1]
+        placed = [Placed(d, device_queue(d) if targeted else "cpu") for d in order[:count]]
+        attempt = self.store.call(
+            dispatch_attempt, term, job_id, placed,
+            label="x", claim_timeout=60, device_timeout=60, reason="test",
+        )  # fmt: skip
+        if attempt is None:
+            assert self.nothing_changed()
+            return
+        assert term == self.terms[-1], "an old leader dispatched"
+        assert attempt.token == job["token"] + 1
+        self.hints += world.hints(self.store, attempt.id)
+
+    @precondition(lambda self: self.hints)
+    @rule(n=pick, device=st.sampled_from(DEVICES), late=st.booleans())
+    def claim(self, n: int, device: str, late: bool) -> None:
+        hint = self.hints[n % len(self.hints)] if late else self.hints[-1 - n % 2 % len(self.hints)]
+        claimed = self.store.call(claim_rank, hint, device, self.workers[device], 60)
+        if isinstance(claimed, Claimed):
+            self.holders.append(claimed.holder)
+            lease = self.lease(claimed.holder, self.look())
+            assert (lease["device_id"], lease["worker_id"]) == (device, self.workers[device])
+
+    @precondition(lambda self: self.old_workers and self.hints)
+    @rule(n=pick, m=pick)
+    def claim_by_replaced_worker(self, n: int, m: int) -> None:
+        device, worker = self.old_workers[m % len(self.old_workers)]
+        found = self.store.call(claim_rank, self.hints[n % len(self.hints)], device, worker, 60)
+        assert not isinstance(found, Claimed)
+        assert self.nothing_changed()
+
+    @precondition(lambda self: self.holders)
+    @rule(n=pick)
+    def renew(self, n: int) -> None:
+        holder = self.holder(n)
+        current = self.is_current(holder)
+        answer = self.store.call(renew_lease, holder, 60).answer
+        assert (answer is not Answer.STOP) == current
+        cancelling = self.job(holder.job_id)["state"] == JobState.CANCELLING
+        assert (answer is Answer.CANCEL) == (current and cancelling)
+
+    @precondition(lambda self: self.holders)
+    @rule(n=pick, step=st.integers(0, 3))
+    def checkpoint(self, n: int, step: int) -> None:
+        manifest = {"state": FileDigest(size=1, sha256="0" * 64)}
+        self.write(n, lambda h: self.store.call(commit_checkpoint, h, step, "p", manifest))
+
+    @precondition(lambda self: self.holders)
+    @rule(n=pick, step=st.integers(0, 3))
+    def progress(self, n: int, step: int) -> None:
+        self.write(n, lambda h: self.store.call(record_progress, h, {"step": step}))
+
+    @precondition(lambda self: self.holders)
+    @rule(n=pick, index=st.integers(0, 1))
+    def shard(self, n: int, index: int) -> None:
+        if self.job(self.holder(n).job_id)["kind"] == "infer":
+            self.write(n, lambda h: self.commit(h, index))
+
+    @precondition(lambda self: self.holders)
+    @rule(n=pick)
+    def finish(self, n: int) -> None:
+        holder = self.holder(n)
+        if self.is_current(holder) and not self.all_committed(holder.job_id):
+            with pytest.raises(AssertionError):
+                self.store.call(finish_rank, holder, {})
+        else:
+            self.write(n, lambda h: self.store.call(finish_rank, h, {"rank": h.rank}))
+
+    @precondition(lambda self: self.holders)
+    @rule(n=pick, failure_class=st.sampled_from(FailureClass))
+    def fail(self, n: int, failure_class: FailureClass) -> None:
+        failure = world.failure(failure_class)
+        self.write(n, lambda h: self.store.call(fail_rank, h, failure))
+
+    @precondition(lambda self: self.holders)
+    @rule(n=pick)
+    def leave(self, n: int) -> None:
+        holder = self.holder(n)
+        cancelling = self.job(holder.job_id)["state"] == JobState.CANCELLING
+        if self.is_current(holder) and not cancelling:
+            with pytest.raises(AssertionError):
+                self.store.call(leave_attempt, holder)
+        else:
+            self.write(n, lambda h: self.store.call(leave_attempt, h))
+
+    @precondition(lambda self: self.holders)
+    @rule(n=pick)
+    def release(self, n: int) -> None:
+        holder = self.holder(n)
+        mine = self.lease(holder, self.before)
+        held = (mine["state"], mine["worker_id"]) == (LeaseState.HELD, holder.worker_id)
+        assert self.store.call(release_lease, holder) == held
+        assert held or self.nothing_changed()
+
+    @precondition(lambda self: self.jobs)
+    @rule(n=pick)
+    def cancel(self, n: int) -> None:
+        before = self.job(self.jobs[n % len(self.jobs)])
+        after = self.store.call(cancel_job, before["id"], "test")
+        assert JobState(after.state).terminal or after.state == JobState.CANCELLING
+        if JobState(before["state"]).terminal:
+            assert self.nothing_changed()
+
+    @rule(n=pick)
+    def expire(self, n: int) -> None:
+        """Time passes for one lease; its holder does not renew."""
+        leases = open_leases(self.before)
+        if leases:
+            lease = leases[n % len(leases)]
+            self.connection.execute(
+                "UPDATE leases SET expires_at = expires_at - interval '1 hour'"
+                " WHERE attempt_id = %s AND rank = %s",
+                (lease["attempt_id"], lease["rank"]),
+            )
+            self.expired += self.store.call(expired_leases).leases
+
+    @precondition(lambda self: self.expired)
+    @rule(n=pick, old_term=st.booleans())
+    def rescue(self, n: int, old_term: bool) -> None:
+        """Also with what was read long ago: the lease may be renewed or gone since."""
+        term = self.terms[0] if old_term else self.terms[-1]
+        lost = self.expired[n % len(self.expired)]
+        out = {(e.attempt_id, e.rank) for e in self.store.call(expired_leases).leases}
+        rescued = self.store.call(rescue_lease, term, lost)
+        assert rescued == (term == self.terms[-1] and (lost.attempt_id, lost.rank) in out)
+        assert rescued or self.nothing_changed()
+
+    @rule(device=st.sampled_from(DEVICES))
+    def restart_worker(self, device: str) -> None:
+        self.old_workers.append((device, self.workers[device]))
+        self.workers[device] = world.register(self.store, device)
+
+    @rule(device=st.sampled_from(DEVICES), drain=st.booleans())
+    def stop_worker(self, device: str, drain: bool) -> None:
+        self.store.call(drain_device if drain else end_worker, self.workers[device])
+        left = [le["state"] for le in open_leases(self.look()) if le["device_id"] == device]
+        assert left in ([], [LeaseState.HELD] if drain else [])
+
+    @rule()
+    def change_leader(self) -> None:
+        self.connection.execute("UPDATE leader SET expires_at = now() - interval '1 hour'")
+        self.terms.append(world.become_leader(self.store, f"scheduler-{len(self.terms)}"))
+        assert self.terms[-1] == self.terms[-2] + 1
+
+    # --- what must hold ------------------------------------------------------------------------
+
+    @invariant()
+    def promises_are_kept(self) -> None:
+        before, now = self.before, self.look()
+        self.before = now
+        check_transitions(before, now)
+        check_rows(now)
+
+    def teardown(self) -> None:
+        """However it stands: every job can still be brought to an end."""
+        for device in DEVICES:
+            world.register(self.store, device)  # ends what was held
+            self.workers[device] = world.register(self.store, device)
+        self.connection.execute("UPDATE leases SET expires_at = now() - interval '1 hour'")
+        for lost in self.store.call(expired_leases).leases:
+            assert self.store.call(rescue_lease, self.terms[-1], lost)
+        self.promises_are_kept()
+        for job_id in self.jobs:
+            if not JobState(self.job(job_id)["state"]).terminal:
+                self.run_to_the_end(job_id)
+                self.promises_are_kept()
+                assert self.job(job_id)["state"] == JobState.SUCCEEDED
+
+    def run_to_the_end(self, job_id: str) -> None:
+        count = int(self.job(job_id)["resolved"]["requirements"]["devices"])
+        attempt = world.send(
+            self.store, job_id, *((d, "cpu") for d in DEVICES[:count]), term=self.terms[-1]
+        )
+        self.promises_are_kept()
+        for hint, device in zip(world.hints(self.store, attempt.id), DEVICES, strict=False):
+            holder = world.claim(self.store, hint, device, self.workers[device]).holder
+            self.promises_are_kept()
+            if not self.all_committed(job_id):
+                assert self.commit(holder, 0)
+                assert self.commit(holder, 1)
+            assert self.store.call(finish_rank, holder, {})
+
+    # --- looking -------------------------------------------------------------------------------
+
+    def write(self, n: int, call: Callable[[Holder], bool]) -> None:
+        """A worker's write: counts exactly if its holder is current, else changes nothing."""
+        holder = self.holder(n)
+        current = self.is_current(holder)
+        assert call(holder) == current
+        assert current or self.nothing_changed(), "a stale write changed something"
+
+    def commit(self, holder: Holder, index: int) -> bool:
+        results = [result(2 * index + i, output={"text": holder.attempt_id}) for i in range(2)]
+        return self.store.call(commit_shard, holder, index, results, 0.1)
+
+    def holder(self, n: int) -> Holder:
+        """The newest half of the time, else any: most of those are stale."""
+        return self.holders[-1] if n % 2 else self.holders[n // 2 % len(self.holders)]
+
+    def is_current(self, holder: Holder) -> bool:
+        """The fencing rule, said a second time and independently of the store."""
+        job, lease = self.job(holder.job_id), self.lease(holder, self.before)
+        attempt = next(a for a in self.before["attempts"] if a["id"] == holder.attempt_id)
+        return (
+            job["token"] == attempt["token"] == holder.token
+            and attempt["state"] in ("dispatched", "running")
+            and (lease["state"], lease["worker_id"]) == ("held", holder.worker_id)
+        )
+
+    def job(self, job_id: str) -> dict[str, Any]:
+        return next(job for job in self.before["jobs"] if job["id"] == job_id)
+
+    def all_committed(self, job_id: str) -> bool:
+        return all(s["committed_at"] for s in self.before["shards"] if s["job_id"] == job_id)
+
+    def lease(self, holder: Holder, look: world.Contents) -> dict[str, Any]:
+        key = (holder.attempt_id, holder.rank)
+        return next(le for le in look["leases"] if (le["attempt_id"], le["rank"]) == key)
+
+    def nothing_changed(self) -> bool:
+        return self.look() == self.before
+
+    def look(self) -> world.Contents:
+        return world.contents(self.store)
+
+
+def check_transitions(before: world.Contents, now: world.Contents) -> None:
+    """One store call is at most one step of each job and attempt, and a legal one."""
+    old_jobs = {job["id"]: job for job in before["jobs"]}
+    for job in now["jobs"]:
+        old = old_jobs.get(job["id"], job)
+        was, state = JobState(old["state"]), JobState(job["state"])
+        assert was is state or job_may_become(was, state), (was, state)
+        assert job["token"] == old["token"] + (state is JobState.DISPATCHED and was is not state)
+    old_attempts = {attempt["id"]: attempt for attempt in before["attempts"]}
+    for attempt in now["attempts"]:
+        before_it = AttemptState(old_attempts.get(attempt["id"], attempt)["state"])
+        after_it = AttemptState(attempt["state"])
+        assert before_it is after_it or attempt_may_become(before_it, after_it), attempt
+    for shard in before["shards"]:
+        if shard["committed_at"]:
+            assert shard in now["shards"], "a committed shard was changed"
+
+
+def check_rows(now: world.Contents) -> None:
+    """The tables agree with one another."""
+    devices = [lease["device_id"] for lease in open_leases(now)]
+    assert len(devices) == len(set(devices)), "a device is given twice"
+    for job in now["jobs"]:
+        state = JobState(job["state"])
+        mine = [a for a in now["attempts"] if a["job_id"] == job["id"]]
+        active = [a for a in mine if not AttemptState(a["state"]).terminal]
+        assert len(active) == int(state.active), (job["state"], active)
+        assert [a["token"] for a in mine] == list(range(1, job["token"] + 1))
+        if state is JobState.SUCCEEDED:
+            assert mine[-1]["state"] == AttemptState.SUCCEEDED
+            assert all(s["committed_at"] for s in now["shards"] if s["job_id"] == job["id"])
+        told = [e["type"] for e in now["events"] if e["job_id"] == job["id"] and e["type"] in ENDS]
+        assert told == ([job["state"]] if state.terminal else []), "the end is told once"
+    for attempt in now["attempts"]:
+        ranks = [le for le in now["leases"] if le["attempt_id"] == attempt["id"]]
+        reserved = [le["rank"] for le in ranks if le["state"] == LeaseState.RESERVED]
+        if not AttemptState(attempt["state"]).terminal:
+            still_open = [le for le in ranks if le["state"] != LeaseState.RELEASED]
+            assert still_open, "an active attempt that nothing would ever end"
+        if attempt["state"] != AttemptState.DISPATCHED:
+            assert not reserved
+        hints = [h["rank"] for h in now["outbox"] if h["attempt_id"] == attempt["id"]]
+        assert hints == reserved, "a hint for each rank that nobody has claimed"
+
+
+def open_leases(look: world.Contents) -> list[dict[str, Any]]:
+    return [lease for lease in look["leases"] if lease["state"] != LeaseState.RELEASED]
+
+
+def test_random_lives_keep_every_promise(store: Store) -> None:
+    conninfo = store.url.replace("postgresql+psycopg", "postgresql")
+    with psycopg.connect(conninfo, autocommit=True) as connection:
+        run_state_machine_as_test(
+            lambda: JobStore(store, connection),
+            settings=settings(
+                max_examples=int(__import__("os").environ.get("EX", "5")),
+                stateful_step_count=30,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
