@@ -9,8 +9,6 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-import httpx
-
 from gpuyard import streams, transfer
 from gpuyard.connection import find_connection
 from gpuyard.errors import JobFailed, WaitTimedOut
@@ -18,7 +16,7 @@ from gpuyard.references import with_uploads
 from gpuyard.transfer import OnBytes
 from gpuyard.transport import Transport
 from gpuyard.waiting import looks
-from shared.errors import InvalidRequest, NotFound
+from shared.errors import InvalidRequest, NotFound, Unavailable
 from shared.lifecycle import JobState
 from shared.specs import InferSpec, TrainSpec, parse_spec
 from shared.views import (
@@ -47,8 +45,9 @@ class Client:
     """Talks to one service. Safe to share among threads; close it, or use it as a context manager.
 
     Requests that can be repeated without harm are repeated for ``patience`` seconds when the
-    connection breaks or the service answers that it is busy. Every error of the service is raised as
-    its class of ``shared.errors``, with its code, parameter, hint and request id.
+    connection breaks or the service answers that it is busy; ``on_retry`` hears of each time. Every
+    error of the service is raised as its class of ``shared.errors``, with its code, parameter, hint
+    and request id.
 
     Raises:
         ConfigurationError: neither ``url``, nor ``GPUYARD_URL``, nor a running local stack names one.
@@ -60,10 +59,10 @@ class Client:
         api_key: str | None = None,
         *,
         patience: float = 30.0,
-        transport: httpx.BaseTransport | None = None,
+        on_retry: Callable[[Unavailable], None] | None = None,
     ) -> None:
         self.connection = find_connection(url, api_key)
-        self._transport = Transport(self.connection, patience, transport)
+        self._transport = Transport(self.connection, patience, on_retry)
         self._uploaded: dict[str, str] = {}
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import httpx
 
 from gpuyard import sse
-from gpuyard.transport import Pauses, Transport
+from gpuyard.transport import Transport
 from shared.errors import Unavailable
 from shared.lifecycle import JobState
 from shared.views import EventView, LogView
@@ -25,7 +25,7 @@ def follow(
     Raises:
         Unavailable: nothing arrived for as long as the transport is patient.
     """
-    pauses = Pauses(transport.patience)
+    pauses = transport.pauses()
     while True:
         # `after` and not the header alone: proxies drop headers that they do not know.
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
@@ -60,7 +60,7 @@ def follow_rows(transport: Transport, job_id: str, follow: bool) -> Iterator[dic
     Raises:
         Unavailable: nothing arrived for as long as the transport is patient.
     """
-    pauses = Pauses(transport.patience)
+    pauses = transport.pauses()
     path = f"/v1/jobs/{job_id}/results"
     last, count, promised = -1, 0, None
     while True:

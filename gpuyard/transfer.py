@@ -9,7 +9,7 @@ from typing import BinaryIO
 from urllib.parse import quote
 
 from gpuyard.errors import CorruptDownload
-from gpuyard.transport import Pauses, Transport
+from gpuyard.transport import Transport
 from shared.errors import DataError, Unavailable
 from shared.views import ArtifactView, FileView
 
@@ -122,7 +122,7 @@ def download(
 def _fetch(
     transport: Transport, job_id: str, artifact: ArtifactView, part: Path, on_bytes: OnBytes | None
 ) -> None:
-    pauses = Pauses(transport.patience)
+    pauses = transport.pauses()
     path = f"/v1/jobs/{job_id}/artifacts/{quote(artifact.name)}"
     while True:
         have = part.stat().st_size if part.exists() else 0

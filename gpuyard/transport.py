@@ -30,18 +30,21 @@ class Transport:
     """Sends requests, and again as long as that can do no harm and ``patience`` seconds last."""
 
     def __init__(
-        self, connection: Connection, patience: float, transport: httpx.BaseTransport | None = None
+        self,
+        connection: Connection,
+        patience: float,
+        on_retry: Callable[[Unavailable], None] | None = None,
     ) -> None:
         headers = {"User-Agent": "gpuyard-client"}
         if connection.api_key:
             headers["Authorization"] = f"Bearer {connection.api_key}"
         self.connection = connection
-        self.patience = patience
+        self._patience = patience
+        self._on_retry = on_retry
         self._http = httpx.Client(
             base_url=connection.url,
             headers=headers,
             timeout=httpx.Timeout(SILENCE, connect=5.0),
-            transport=transport,
             # Through a proxy of the environment the local stack would look unreachable.
             trust_env=not _is_loopback(connection.url),
         )
@@ -128,12 +131,16 @@ class Transport:
 
     def again(self, once: Callable[[], T]) -> T:
         """``once`` until it does not raise ``Unavailable``, for as long as ``patience`` lasts."""
-        pauses = Pauses(self.patience)
+        pauses = self.pauses()
         while True:
             try:
                 return once()
             except Unavailable as error:
                 pauses.after(error)
+
+    def pauses(self) -> Pauses:
+        """For one thing that is tried until patience is at its end."""
+        return Pauses(self._patience, self._on_retry)
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -148,8 +155,11 @@ class Transport:
 class Pauses:
     """Waits between tries: twice as long each time, at least what the service asked for."""
 
-    def __init__(self, patience: float) -> None:
+    def __init__(
+        self, patience: float, on_retry: Callable[[Unavailable], None] | None = None
+    ) -> None:
         self._patience = patience
+        self._on_retry = on_retry
         self.reset()
 
     def reset(self) -> None:
@@ -167,6 +177,8 @@ class Pauses:
         delay = max(asked, self._delay * random.uniform(0.5, 1.0))  # noqa: S311
         if now + delay > self._deadline:
             raise error
+        if self._on_retry is not None:
+            self._on_retry(error)
         time.sleep(delay)
         self._delay = min(self._delay * 2, MAX_DELAY)
 

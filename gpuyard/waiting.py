@@ -9,7 +9,7 @@ from shared.errors import Unavailable
 from shared.views import JobDetail
 
 OUTAGE = 900.0
-"""Seconds that the API may be away while a job is waited for: the job goes on meanwhile."""
+"""Seconds that the API may be away once it has answered: the job goes on meanwhile."""
 
 
 def looks(
@@ -18,14 +18,14 @@ def looks(
     """The job every so many seconds; the last is terminal. An outage is yielded, too, each time.
 
     Raises:
-        Unavailable: the API was away for longer than ``outage`` seconds.
+        Unavailable: the API did not answer the first look, or was away for longer than ``outage``.
     """
-    reached = time.monotonic()
+    reached: float | None = None
     while True:
         try:
             job = look()
         except Unavailable as error:
-            if time.monotonic() - reached > outage:
+            if reached is None or time.monotonic() - reached > outage:
                 raise
             yield error
         else:

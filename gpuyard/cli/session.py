@@ -17,10 +17,13 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from gpuyard.client import Client
-from shared.errors import GpuyardError
+from shared.errors import GpuyardError, Unavailable
 
 PIPE_WIDTH = 200
 """Columns of output that goes to no terminal: wide, since nothing there needs to be cut."""
+
+PATIENCE = 10.0
+"""Seconds that somebody at a terminal waits for a service that does not answer."""
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Session:
     json: bool = False
     url: str | None = None
     api_key: str | None = field(default=None, repr=False)
+    _trouble: str = field(default="", init=False)
 
     def with_options(self, json: bool, url: str | None, api_key: str | None) -> Session:
         """With the options that also stood after the command's name, which go first."""
@@ -37,7 +41,18 @@ class Session:
 
     @cached_property
     def client(self) -> Client:
-        return Client(self.url, self.api_key)
+        return Client(self.url, self.api_key, patience=PATIENCE, on_retry=self._on_retry)
+
+    def _on_retry(self, error: Unavailable) -> None:
+        if not self._trouble:
+            self.say(f"{error.message}; trying again", "yellow")
+        self._trouble = error.message
+
+    def reached(self) -> None:
+        """Say that trouble is over, if trouble was said."""
+        if self._trouble:
+            self.say("the service is back", "yellow")
+        self._trouble = ""
 
     @cached_property
     def out(self) -> Console:

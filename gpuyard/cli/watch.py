@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -43,8 +43,8 @@ def watch(session: Session, id: str) -> None:
     with _detaching(id), _display(session) as display:
         for look in looks(lambda: session.client.job(id), every=LOOK_EVERY):
             if isinstance(look, Unavailable):
-                display.away(look)
-                continue
+                continue  # the session says so; the job goes on
+            session.reached()
             if look != job and session.json:
                 session.emit(look)
             job = look
@@ -92,9 +92,6 @@ class Display:
     def show(self, job: JobDetail) -> None:
         """How the job stands now."""
 
-    def away(self, error: Unavailable) -> None:
-        """The API cannot be reached; the job goes on."""
-
     def tell(self, session: Session, id: str) -> None:
         """Events since the last time."""
 
@@ -102,27 +99,16 @@ class Display:
 class _Telling(Display):
     def __init__(self) -> None:
         self._last_event = 0
-        self._away = False
         self._rows: deque[tuple[float, int]] = deque()
 
     def line(self, text: Text) -> None:
         raise NotImplementedError
 
-    def away(self, error: Unavailable) -> None:
-        if not self._away:
-            self.line(Text(f"{error.message}; the job goes on, trying again", style="yellow"))
-        self._away = True
-
     def tell(self, session: Session, id: str) -> None:
-        if self._away:
-            self.line(Text("the service is back", style="yellow"))
-            self._away = False
-        try:
+        with suppress(Unavailable):  # then it is told the next time
             for event in session.client.events(id, after=self._last_event, follow=False):
                 self._last_event = event.id
                 self.line(render.event(event))
-        except Unavailable as error:
-            self.away(error)
 
     def rows_per_second(self, job: JobDetail) -> float | None:
         """Measured here, from the rows that are committed."""
