@@ -18,6 +18,7 @@ MIB = 1024**2
 RUNTIME = 512 * MIB
 """What a process with torch takes before the first tensor: libraries, CUDA context, allocator."""
 FP32, BF16 = 4, 2
+WIDENED = 8 * 1024 * MIB
 BYTES_PER_TOKEN = 3
 """UTF-8 bytes of text a token stands for, on the low side: English has about 4.5."""
 SPECIAL_TOKENS = 8
@@ -92,11 +93,10 @@ def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None
 
     Args:
         shape: The model.
-        spec: Gives batch size, lengths and precision; ``auto`` counts as stored.
+        spec: Gives batch size, lengths and precision.
         longest_text: Bytes of the longest input line; None: unknown.
     """
-    stored = max(1, round(shape.weight_bytes / max(1, shape.parameters)))
-    element = {"fp32": FP32, "bf16": BF16}.get(spec.precision, min(FP32, max(BF16, stored)))
+    element = BF16 if infers_in_bf16(shape, spec) else FP32
     length = sequence_length(shape, longest_text, spec.max_length)
     per_token = 10 * shape.hidden + 3 * shape.intermediate
     working = spec.batch_size * length * per_token * element
@@ -107,6 +107,18 @@ def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None
         # Logits are kept once as computed and once in fp32 for sampling.
         total += spec.batch_size * (cache * whole + 2 * FP32 * shape.vocabulary)
     return total
+
+
+def infers_in_bf16(shape: ModelShape, spec: InferSpec) -> bool:
+    """Whether inference is meant to run in bf16, which the device must then have.
+
+    ``auto`` uses bf16 where the device has it and fp32 elsewhere, so it counts as fp32; but a model
+    that is stored in 16 bits and would be widened to more than ``WIDENED`` needs a device with bf16.
+    """
+    if spec.precision != "auto":
+        return spec.precision == "bf16"
+    narrow = shape.weight_bytes < 3 * shape.parameters
+    return narrow and FP32 * shape.parameters > WIDENED
 
 
 def sequence_length(shape: ModelShape, longest_text: int | None, max_length: int | None) -> int:

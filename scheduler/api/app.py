@@ -8,13 +8,12 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
 
 from scheduler.api import artifacts, examples, files, fleet, health, jobs, results
 from scheduler.api.auth import require_key
 from scheduler.api.context import Context
-from scheduler.api.errors import install_error_handlers
+from scheduler.api.errors import install_error_handlers, responses
 from scheduler.api.keys import KeyCache
 from scheduler.api.requests import RequestContext
 from scheduler.api.wakeups import Wakeups
@@ -49,7 +48,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
         try:
             yield
         finally:
-            await run_in_threadpool(context.wakeups.close)
+            context.wakeups.close()
 
     app = FastAPI(
         title="gpuyard",
@@ -60,7 +59,9 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
         redirect_slashes=False,
     )
     app.state.context = context
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(require_key)])
+    v1 = APIRouter(
+        prefix="/v1", dependencies=[Depends(require_key)], responses=responses(401, 422, 503)
+    )
     for part in (jobs, results, artifacts, files, fleet):
         v1.include_router(part.router)
     app.include_router(v1)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from fastapi import APIRouter, Request
+from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 
 from scheduler.api.context import Context, ContextDep
@@ -19,7 +22,7 @@ router = APIRouter(tags=["artifacts"])
 @router.get(
     "/jobs/{job_id}/checkpoints",
     summary="Committed checkpoints, newest first",
-    responses=responses(401, 404, 503),
+    responses=responses(404),
 )
 def list_checkpoints(job_id: JobId, context: ContextDep) -> Page[CheckpointView]:
     """What a retry of the job would resume from."""
@@ -31,7 +34,7 @@ def list_checkpoints(job_id: JobId, context: ContextDep) -> Page[CheckpointView]
 @router.get(
     "/jobs/{job_id}/artifacts",
     summary="Deliverables of a job that succeeded",
-    responses=responses(401, 404, 503),
+    responses=responses(404),
 )
 def list_artifacts(job_id: JobId, context: ContextDep) -> Page[ArtifactView]:
     """Empty until the job has succeeded."""
@@ -48,7 +51,7 @@ def list_artifacts(job_id: JobId, context: ContextDep) -> Page[ArtifactView]:
         200: {"content": {"application/octet-stream": {}}, "description": "The file."},
         206: {"description": "The part that `Range` asked for."},
         304: {"description": "`If-None-Match` names the same content."},
-        **responses(401, 404, 422, 503),
+        **responses(404),
     },
 )
 def download_artifact(job_id: JobId, name: str, request: Request, context: ContextDep) -> Response:
@@ -90,9 +93,23 @@ def send_file(context: Context, request: Request, path: str, sha256: str, name: 
     file = (data / path).resolve()
     if not file.is_relative_to(data) or not file.is_file():
         raise NotFound(f"'{name}' is gone from the data folder", hint="Restore the data folder.")
+    _check_range(request.headers.get("range"), file.stat().st_size)
     etag = f'"{sha256}"'
     if request.headers.get("if-none-match") in (etag, "*"):
         return Response(status_code=304, headers={"ETag": etag})
     return FileResponse(
         file, filename=name, media_type="application/octet-stream", headers={"ETag": etag}
     )
+
+
+def _check_range(header: str | None, size: int) -> None:
+    """Refuse what ``FileResponse`` would answer in plain text."""
+    if header is None:
+        return
+    ranges = [re.fullmatch(r"\s*(\d*)-(\d*)\s*", r) for r in header.partition("=")[2].split(",")]
+    if not header.startswith("bytes=") or not all(r and (r[1] or r[2]) for r in ranges):
+        raise InvalidRequest("Range must look like bytes=0-99", param="Range")
+    if any(r and r[1] and not int(r[1]) < size for r in ranges):
+        raise HTTPException(
+            416, f"the file has {size} bytes", headers={"Content-Range": f"bytes */{size}"}
+        )

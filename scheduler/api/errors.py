@@ -92,7 +92,7 @@ async def _on_invalid_request(_: Request, error: Exception) -> JSONResponse:
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)  # noqa: S101
-    codes = {404: "not_found", 405: "method_not_allowed"}
+    codes = {404: "not_found", 405: "method_not_allowed", 416: "range_not_satisfiable"}
     messages = {
         404: f"there is nothing at {request.url.path}",
         405: f"{request.method} is not possible at {request.url.path}",
@@ -101,7 +101,7 @@ async def _on_http_exception(request: Request, error: Exception) -> JSONResponse
         error.status_code,
         codes.get(error.status_code, "invalid_request"),
         messages.get(error.status_code, str(error.detail)),
-        hint="See /docs for what there is." if error.status_code in codes else None,
+        hint="See /docs for what there is." if error.status_code in messages else None,
         headers=dict(error.headers or {}),
     )
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from scheduler.api.context import ContextDep
-from scheduler.api.errors import responses
 from scheduler.api.views import device_view, worker_view
 from shared.store import read
 from shared.views import DeviceView, Page, WorkerView
 
-router = APIRouter(tags=["fleet"], responses=responses(401, 503))
+router = APIRouter(tags=["fleet"])
 
 
 @router.get("/devices", summary="List devices")

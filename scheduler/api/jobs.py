@@ -41,7 +41,7 @@ _SSE = {"text/event-stream": {"example": examples.EVENT_STREAM}}
     summary="Submit a job",
     responses={
         200: {"model": JobDetail, "description": "The idempotency key was used: its job."},
-        **responses(400, 401, 403, 409, 413, 422, 503),
+        **responses(400, 403, 409, 413),
     },
     openapi_extra={"requestBody": examples.JOB_BODY},
 )
@@ -68,7 +68,7 @@ async def create_job(
     return await run_in_threadpool(context.store.call, _detail, job.id)
 
 
-@router.get("/jobs", summary="List jobs, newest first", responses=responses(401, 422, 503))
+@router.get("/jobs", summary="List jobs, newest first")
 def list_jobs(
     context: ContextDep,
     state: Annotated[list[JobState] | None, Query(description="May be given repeatedly.")] = None,
@@ -90,15 +90,13 @@ def list_jobs(
     return Page(items=[job_view(job) for job in page], next=following)
 
 
-@router.get("/jobs/{job_id}", summary="Look at a job", responses=responses(401, 404, 503))
+@router.get("/jobs/{job_id}", summary="Look at a job", responses=responses(404))
 def get_job(job_id: JobId, context: ContextDep) -> JobDetail:
     """With its spec, its attempts, and why it waits or failed."""
     return context.store.call(_detail, job_id)
 
 
-@router.post(
-    "/jobs/{job_id}/cancel", summary="Cancel a job", responses=responses(401, 404, 422, 503)
-)
+@router.post("/jobs/{job_id}/cancel", summary="Cancel a job", responses=responses(404))
 def cancel(
     job_id: JobId,
     context: ContextDep,
@@ -120,7 +118,7 @@ def cancel(
     "/jobs/{job_id}/events",
     summary="The story of a job",
     response_model=None,
-    responses={200: {"content": _SSE, "model": list[EventView]}, **responses(401, 404, 422, 503)},
+    responses={200: {"content": _SSE, "model": list[EventView]}, **responses(404)},
 )
 async def get_events(
     job_id: JobId,
@@ -153,7 +151,7 @@ async def get_events(
     "/jobs/{job_id}/logs",
     summary="What the ranks of a job printed",
     response_model=None,
-    responses={200: {"content": _SSE, "model": list[LogView]}, **responses(401, 404, 422, 503)},
+    responses={200: {"content": _SSE, "model": list[LogView]}, **responses(404)},
 )
 async def get_logs(
     job_id: JobId,
@@ -178,7 +176,7 @@ async def get_logs(
 @router.get(
     "/jobs/{job_id}/metrics",
     summary="Metrics by step",
-    responses=responses(401, 404, 422, 503),
+    responses=responses(404),
 )
 def get_metrics(
     job_id: JobId,

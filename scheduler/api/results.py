@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -14,7 +15,7 @@ from starlette.responses import StreamingResponse
 from scheduler.api.context import Context, ContextDep
 from scheduler.api.errors import responses
 from scheduler.api.lookup import JobId, find_job
-from scheduler.api.streams import wait
+from scheduler.api.streams import PING, wait
 from shared.errors import InvalidRequest, Unavailable
 from shared.lifecycle import JobState
 from shared.rows import unpack_results
@@ -55,7 +56,7 @@ _EXAMPLE = (
                 "X-Job-State": {"schema": {"type": "string"}},
             },
         },
-        **responses(401, 404, 422, 503),
+        **responses(404),
     },
 )
 async def get_results(
@@ -69,7 +70,8 @@ async def get_results(
 ) -> StreamingResponse:
     """What is committed, also while the job runs; rows appear shard by shard.
 
-    With `follow` the rows come without gaps, as they are finished, until the job is over. Without
+    With `follow` the rows come without gaps, as they are finished, until the job is over; a blank
+    line now and then keeps the connection alive. Without
     it, everything that is committed now; shards that are still computed are then missing, so compare
     `X-Rows-Done` with `X-Rows-Total`. A result never changes once it was delivered.
     """
@@ -119,6 +121,7 @@ async def _rows(
     context: Context, job_id: str, after_row: int, after_shard: int, follow: bool
 ) -> AsyncIterator[bytes]:
     after = after_shard
+    sent_at = time.monotonic()
     with context.wakeups.subscribe(job_id) as woken:
         while not context.wakeups.closing:
             woken.clear()
@@ -129,16 +132,19 @@ async def _rows(
             except Unavailable:
                 if not follow:
                     raise
-                await wait(woken)
-                continue
+                over, shards = False, []
             for shard in shards:
                 after = shard.index
                 if shard.first_row + shard.rows > after_row + 1:
                     yield await run_in_threadpool(_lines, shard, after_row)
+                    sent_at = time.monotonic()
             if shards:
                 continue
             if over or not follow:
                 return
+            if time.monotonic() - sent_at > PING:
+                yield b"\n"
+                sent_at = time.monotonic()
             await wait(woken)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import sys
 import threading
@@ -29,6 +30,10 @@ class ApiServer(uvicorn.Server):
     def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
         super().__init__(config)
         self._context: Context = app.state.context
+
+    def end(self, *_: object) -> None:
+        """Begin to shut down."""
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._context.wakeups.end_streams()
@@ -65,8 +70,12 @@ def serve(settings: Settings, host: str, port: int) -> None:
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     print(f"gpuyard API on {address} (documentation: {address}/docs)", file=sys.stderr, flush=True)
     threading.Thread(target=_announce, args=(store,), name="announce", daemon=True).start()
+    server = make_server(create_app(settings, store), host, port)
+    # uvicorn raises the signal again once it is through, for whoever was there before it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.end)
     try:
-        make_server(create_app(settings, store), host, port).run(sockets=[listening])
+        server.run(sockets=[listening])
     finally:
         listening.close()
         store.close()

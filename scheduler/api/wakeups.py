@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from shared.store import Store
 from shared.store.engine import WAKE_JOB
 
-log = logging.getLogger("gpuyard.api")
 _STOP_CHECK = 0.5
 
 
@@ -27,17 +25,17 @@ class Wakeups:
         self._store = store
         self._waiting: dict[str, set[asyncio.Event]] = defaultdict(set)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._stop: threading.Event | None = None
         self.closing = False
         """The process ends: streams end too, without their ``end`` event, so clients resume."""
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._stop.clear()
+        self._stop = threading.Event()
         self.closing = False
-        self._thread = threading.Thread(target=self._listen, name="wakeups", daemon=True)
-        self._thread.start()
+        threading.Thread(
+            target=self._listen, args=(self._stop,), name="wakeups", daemon=True
+        ).start()
 
     def end_streams(self) -> None:
         """Let every waiting stream end now."""
@@ -47,11 +45,10 @@ class Wakeups:
                 event.set()
 
     def close(self) -> None:
+        """The listening thread ends within half a second; nothing waits for it."""
         self.end_streams()
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout=_STOP_CHECK + 6)
-            self._thread = None
+        if self._stop is not None:
+            self._stop.set()
 
     @contextmanager
     def subscribe(self, job_id: str) -> Iterator[asyncio.Event]:
@@ -65,18 +62,19 @@ class Wakeups:
             if not self._waiting[job_id]:
                 del self._waiting[job_id]
 
-    def _listen(self) -> None:
+    def _listen(self, stop: threading.Event) -> None:
         listener = self._store.listen(WAKE_JOB)
         try:
-            while not self._stop.is_set():
+            while not stop.is_set():
                 for _, job_id in listener.wait(_STOP_CHECK):
                     self._call(job_id)
         finally:
             listener.close()
 
     def _call(self, job_id: str) -> None:
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake, job_id)
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._wake, job_id)
 
     def _wake(self, job_id: str) -> None:
         for event in self._waiting.get(job_id, ()):

@@ -8,6 +8,7 @@ job's.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,7 @@ class _Labelled:
     longest: int = 0
     labels: dict[str, int] = field(default_factory=dict)
     """Label: the line it was first seen on."""
+    counts: Counter[str] = field(default_factory=Counter)
 
 
 def resolve_training_data(store: Store, settings: Settings, spec: TrainSpec) -> Inputs:
@@ -137,10 +139,14 @@ def _check_training(train: _Labelled, name: str, spec: TrainSpec) -> None:
             hint=f"Check that column '{spec.data.columns.label}' is the label.",
         )
     split = spec.data.validation_split
-    if split is not None and not 1 <= round(train.rows * split) < train.rows:
+    # Split off label by label, as the training rank does.
+    if split is not None and not any(
+        min(round(count * split), count - 1) for count in train.counts.values()
+    ):
         raise DataError(
-            f"validation_split {split:g} of {train.rows} rows leaves training or validation empty",
+            f"validation_split {split:g} of {train.rows} rows leaves none for validation",
             param="data.validation_split",
+            hint="Give a larger share, or more data.",
         )
 
 
@@ -165,6 +171,7 @@ def _scan(path: Path, name: str, columns: TextColumns, limit: int, *, param: str
         found.rows += 1
         found.longest = max(found.longest, len(text.encode(errors="replace")))
         found.labels.setdefault(label, number)
+        found.counts[label] += 1
     return found
 
 

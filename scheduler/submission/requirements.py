@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scheduler import matching
-from scheduler.footprint import ModelShape, inference_bytes, training_bytes
+from scheduler.footprint import ModelShape, inference_bytes, infers_in_bf16, training_bytes
 from shared.capability import GIB
 from shared.errors import Unsatisfiable
 from shared.resolved import Requirements
@@ -13,28 +13,35 @@ from shared.specs import Feature, InferSpec, TrainSpec
 from shared.store.snapshot import DeviceState
 
 
+def asked(spec: TrainSpec | InferSpec) -> Requirements:
+    """What the user's own figures ask of each device. A precision is one: the device must have it."""
+    resources = spec.resources
+    precision = spec.hyperparameters.precision if isinstance(spec, TrainSpec) else spec.precision
+    features: tuple[Feature, ...] = ("bf16",) if precision == "bf16" else ()
+    return Requirements(
+        devices=resources.devices,
+        accelerator=resources.accelerator,
+        memory_bytes=int((resources.memory_gb or 0) * GIB),
+        compute_capability=round((resources.min_compute_capability or 0) * 10),
+        features=tuple(dict.fromkeys(resources.features + features)),
+        memory_is_estimate=resources.memory_gb is None,
+    )
+
+
 def requirements(
     spec: TrainSpec | InferSpec, shape: ModelShape | None, longest_text: int | None
 ) -> Requirements:
-    """What each device needs. The user's figures count; where there are none for memory, the
-    footprint estimate. A precision that the user chose is a feature that the device must have."""
-    asked = spec.resources
-    features: list[Feature] = list(dict.fromkeys(asked.features))
-    if _precision(spec) == "bf16" and "bf16" not in features:
-        features.append("bf16")
-    memory = 0
-    if asked.memory_gb is not None:
-        memory = int(asked.memory_gb * GIB)
-    elif shape is not None:
-        memory = estimate(spec, shape, longest_text)
-    return Requirements(
-        devices=asked.devices,
-        accelerator=asked.accelerator,
-        memory_bytes=memory,
-        compute_capability=round((asked.min_compute_capability or 0) * 10),
-        features=tuple(features),
-        memory_is_estimate=asked.memory_gb is None,
-    )
+    """What each device needs: the user's figures and, where there are none, those of the model.
+    ``shape`` is None where nothing is known of it."""
+    needs = asked(spec)
+    if shape is None:
+        return needs
+    added: dict[str, object] = {}
+    if needs.memory_is_estimate:
+        added["memory_bytes"] = estimate(spec, shape, longest_text)
+    if isinstance(spec, InferSpec) and infers_in_bf16(shape, spec):
+        added["features"] = tuple(dict.fromkeys((*needs.features, "bf16")))
+    return needs.model_copy(update=added)
 
 
 def estimate(spec: TrainSpec | InferSpec, shape: ModelShape, longest_text: int | None) -> int:
@@ -45,7 +52,7 @@ def estimate(spec: TrainSpec | InferSpec, shape: ModelShape, longest_text: int |
 
 
 def refuse_impossible(
-    needs: Requirements, fleet: Sequence[DeviceState], *, fail_fast: bool
+    spec: TrainSpec | InferSpec, needs: Requirements, fleet: Sequence[DeviceState]
 ) -> None:
     """Say at once what waiting would not change.
 
@@ -57,19 +64,13 @@ def refuse_impossible(
     Raises:
         Unsatisfiable: says what is missing.
     """
-    if fail_fast:
+    if spec.fail_fast:
         reason = matching.unsatisfiable(needs, [device for device in fleet if device.live])
         hint = "fail_fast refuses what would wait; leave it out to wait for devices."
     else:
-        asked = needs.model_copy(update={"devices": 1})
-        if needs.memory_is_estimate:
-            asked = asked.model_copy(update={"memory_bytes": 0})
+        one = asked(spec).model_copy(update={"devices": 1})
         known = [device for device in fleet if device.known]
-        reason = matching.unsatisfiable(asked, known) if known else None
+        reason = matching.unsatisfiable(one, known) if known else None
         hint = "Ask for less, or start a worker that has it; see `gpuyard workers`."
     if reason is not None:
         raise Unsatisfiable(reason, param="resources", hint=hint)
-
-
-def _precision(spec: TrainSpec | InferSpec) -> str:
-    return spec.hyperparameters.precision if isinstance(spec, TrainSpec) else spec.precision

@@ -60,7 +60,7 @@ def submit(
     inputs = _resolve_inputs(store, settings, spec)
     needs = requirements(spec, model.shape, inputs.longest_text)
     fleet = store.call(_fleet, settings.device_timeout)
-    refuse_impossible(needs, fleet, fail_fast=spec.fail_fast)
+    refuse_impossible(spec, needs, fleet)
     return store.call(
         insert_job,
         job_id=new_job_id(),

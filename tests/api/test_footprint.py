@@ -1,0 +1,115 @@
+"""The estimate against sums done by hand, and what it must never do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scheduler.footprint import (
+    RUNTIME,
+    ModelShape,
+    inference_bytes,
+    infers_in_bf16,
+    sequence_length,
+    training_bytes,
+)
+from scheduler.submission.requirements import requirements
+from shared.capability import GIB
+from shared.specs import InferSpec, TrainSpec, parse_spec
+
+MINILM = ModelShape(
+    tensors=(("embeddings.word_embeddings.weight", 11_720_448), ("encoder.weight", 10_993_152)),
+    weight_bytes=4 * 22_713_600, model_type="bert", hidden=384, layers=6, heads=12, kv_heads=12,
+    head_dim=32, intermediate=1536, vocabulary=30522, positions=512,
+)  # fmt: skip
+LLAMA_7B = ModelShape(
+    tensors=(("w", 6_738_415_616),), weight_bytes=2 * 6_738_415_616, model_type="llama",
+    hidden=4096, layers=32, heads=32, kv_heads=32, head_dim=128, intermediate=11008,
+    vocabulary=32000, positions=4096, gated_mlp=True,
+)  # fmt: skip
+
+
+def train(**hyperparameters: Any) -> TrainSpec:
+    spec = parse_spec(
+        {
+            "kind": "train", "task": "text-classification", "model": "m", "data": {"train": "x"},
+            "resources": {"devices": 2}, "hyperparameters": hyperparameters,
+        }
+    )  # fmt: skip
+    assert isinstance(spec, TrainSpec)
+    return spec
+
+
+def generate(**changes: Any) -> InferSpec:
+    fields = {"kind": "infer", "task": "text-generation", "model": "m", "input": "x", **changes}
+    spec = parse_spec(fields)
+    assert isinstance(spec, InferSpec)
+    return spec
+
+
+def test_training_by_hand() -> None:
+    # 16 rows a rank, 32 tokens: 96 bytes of text / 3 = 32, less nothing, and 8 special ones.
+    length = 96 // 3 + 8
+    activations = 6 * 16 * length * (10 * 384 + 2 * 1536) * 4
+    embeddings = 16 * length * 384 * 4 * 2
+    expected = 16 * 22_713_600 + activations + embeddings + RUNTIME
+    assert training_bytes(MINILM, train(batch_size=32), 96) == expected
+
+
+def test_frozen_parameters_need_no_gradient_and_no_moments() -> None:
+    whole = training_bytes(MINILM, train(), 96)
+    for pattern in ("bert.embeddings.*", "embeddings.*"):
+        assert whole - training_bytes(MINILM, train(freeze=[pattern]), 96) == 12 * 11_720_448
+
+
+def test_generation_by_hand() -> None:
+    spec = generate(batch_size=8, precision="bf16", generation={"max_new_tokens": 100})
+    length = 300 // 3 + 8
+    cache = 8 * (length + 100) * 2 * 32 * 32 * 128 * 2
+    working = 8 * length * (10 * 4096 + 3 * 11008) * 2
+    expected = 2 * 6_738_415_616 + cache + 8 * 2 * 4 * 32000 + working + RUNTIME
+    assert inference_bytes(LLAMA_7B, spec, 300) == expected
+
+
+def test_a_large_model_in_16_bits_needs_a_device_that_has_them() -> None:
+    needs = requirements(generate(), LLAMA_7B, 300)
+    assert needs.features == ("bf16",)
+    assert 13 * GIB < needs.memory_bytes < 24 * GIB
+    assert not infers_in_bf16(LLAMA_7B, generate(precision="fp32"))
+    small = replace(LLAMA_7B, tensors=(("w", 135_000_000),), weight_bytes=270_000_000)
+    assert requirements(generate(), small, 300).features == ()
+
+
+def test_the_figures_of_the_user_replace_the_estimate() -> None:
+    spec = generate(resources={"memory_gb": 40, "min_compute_capability": 8.6})
+    needs = requirements(spec, LLAMA_7B, 300)
+    assert (needs.memory_bytes, needs.memory_is_estimate) == (40 * GIB, False)
+    assert needs.compute_capability == 86
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(1, 64),
+    longest=st.none() | st.integers(0, 100_000),
+    limit=st.none() | st.integers(4, 10_000),
+)
+def test_more_is_never_less(rows: int, longest: int | None, limit: int | None) -> None:
+    """A larger batch or longer texts never need less, and the length stays within the model's."""
+    assert 1 <= sequence_length(MINILM, longest, limit) <= MINILM.positions
+
+    def needs(rows: int, longest: int | None) -> tuple[int, int]:
+        training = train(batch_size=2 * rows, max_length=limit)
+        spec = generate(batch_size=rows, max_length=limit)
+        return (
+            training_bytes(MINILM, training, longest),
+            inference_bytes(MINILM, spec, longest),
+        )
+
+    now, more = needs(rows, longest), needs(rows + 1, longest)
+    assert more[0] > now[0] > 16 * MINILM.parameters
+    assert more[1] > now[1] > 4 * MINILM.parameters
+    unknown = needs(rows, None)
+    assert unknown[0] >= now[0] and unknown[1] >= now[1]
