@@ -40,7 +40,8 @@ from shared.messages import (
 from shared.specs import TrainSpec
 from workers.channel import Channel, ChannelClosed
 
-DEADLINE = 60.0
+DEADLINE = 150.0
+"""Seconds. A run takes one to five; on a machine that is busy with more, much longer."""
 SPARE_MEMORY_VARIABLE = "TEST_SPARE_MEMORY"
 """Bytes of address space that a rank may take beyond what it has at its start."""
 R = TypeVar("R")

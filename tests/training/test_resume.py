@@ -60,15 +60,14 @@ def uninterrupted(
 def killed(
     work: Path, bert: Path, train: Path, *, ranks: int, rank: int, after: int, **options: Any
 ) -> Gang:
-    """An attempt in which SIGKILL strikes ``rank`` once the checkpoint of step ``after`` is written
-    and training has gone on past it."""
+    """An attempt in which SIGKILL strikes ``rank`` as soon as the checkpoint of step ``after``, or a
+    later one, is known to be durable: somewhere in the steps behind it."""
     gang = Gang(make_assignment(work, bert, train, ranks=ranks, checkpoint=EVERY_5, **options))
     written = []
 
     def strike(_rank: int, report: Report) -> None:
         if isinstance(report, CheckpointWritten):
             written.append(report.step)
-        # Nothing more is sent about steps than a few a second: a metric says the same.
         if written and written[-1] >= after:
             gang.kill(rank)
 
