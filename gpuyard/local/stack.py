@@ -305,7 +305,7 @@ class Stack:
         """Whether every worker process of this run has registered its device. The store also knows
         devices of earlier runs and of other hosts, so pids are compared."""
         tagged = (process.pid for process in find_by_tag(self.data))
-        ours = {pid for pid in tagged if "workers.celery_app" in command_line(pid)}
+        ours = {pid for pid in tagged if "--device" in command_line(pid)}  # one process for each
         if not ours:
             return False
         headers = {"Authorization": f"Bearer {key}"}
