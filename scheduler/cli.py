@@ -40,7 +40,7 @@ def run() -> None:
     """Run the scheduler: admission, placement, dispatch, rescue. One of several leads."""
     from scheduler.loop import main as loop
 
-    loop(load_settings())
+    raise SystemExit(loop(load_settings()))
 
 
 @app.command()

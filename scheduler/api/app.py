@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
 
 from scheduler.api import artifacts, examples, files, fleet, health, jobs, results
@@ -16,6 +17,7 @@ from scheduler.api.context import Context
 from scheduler.api.errors import install_error_handlers, responses
 from scheduler.api.keys import KeyCache
 from scheduler.api.requests import RequestContext
+from scheduler.api.uploads import sweep_abandoned
 from scheduler.api.wakeups import Wakeups
 from shared.settings import Settings
 from shared.store import Store
@@ -45,6 +47,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         context.wakeups.start()
+        await run_in_threadpool(sweep_abandoned, settings)
         try:
             yield
         finally:

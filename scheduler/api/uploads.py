@@ -6,9 +6,11 @@ complete, and what was cut off leaves nothing.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -19,7 +21,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.concurrency import run_in_threadpool
 
 from scheduler.api.bodies import read_body
-from scheduler.submission.paths import FILES
+from scheduler.submission.paths import FILES, INLINE
 from shared import ids
 from shared.errors import InvalidRequest, PayloadTooLarge, UploadIncomplete
 from shared.settings import Settings
@@ -27,6 +29,7 @@ from shared.settings import Settings
 _BLOCK = 1024 * 1024
 _MULTIPART_OVERHEAD = 64 * 1024
 _MAX_NAME = 255
+ABANDONED_AFTER = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,21 @@ async def receive_file(request: Request, settings: Settings, name: str | None) -
 def discard(settings: Settings, received: Received) -> None:
     """Delete an upload whose row was refused."""
     (settings.data / received.path).unlink(missing_ok=True)
+
+
+def sweep_abandoned(settings: Settings, older_than: float = ABANDONED_AFTER) -> int:
+    """Delete what a process that was killed left half-written: how many files.
+
+    By age, because other API processes may share the folder and be writing right now.
+    """
+    swept = 0
+    for folder in (settings.data / FILES, settings.data / INLINE):
+        for aside in folder.glob(".*.part"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - aside.stat().st_mtime > older_than:
+                    aside.unlink()
+                    swept += 1
+    return swept
 
 
 def _check_name(name: str) -> None:

@@ -115,7 +115,7 @@ def find_file(store: Store, settings: Settings, reference: str, *, param: str) -
         raise DataError(
             f"{param}: there is no uploaded file '{printable(reference)}'",
             param=param,
-            hint="Upload it first (`gpuyard files put PATH`), or give an absolute path.",
+            hint="Upload it first (`gpuyard files upload PATH`), or give an absolute path.",
         )
     path = readable_file(settings.data / file.path, shown=reference, param=param)
     return path, printable(file.name)

@@ -30,7 +30,7 @@ def allowed_data_file(settings: Settings, text: str, *, param: str) -> Path:
         raise DataError(
             f"{param}: '{printable(text)}' is neither an uploaded file's id nor an absolute path",
             param=param,
-            hint="Upload the file (`gpuyard files put PATH`) and use the id it gets.",
+            hint="Upload the file (`gpuyard files upload PATH`) and use the id it gets.",
         )
     path = resolved(Path(text))
     # Asked first, so that the answer tells nothing about files outside the allowed folders.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,8 @@ import httpx
 import pytest
 
 from shared.settings import Settings
-from tests.api.conftest import Api, error_of, submit, wait_until
+from shared.store import Store
+from tests.api.conftest import Api, error_of, running, submit, wait_until
 
 CONTENT = b'{"text": "x", "label": "a"}\n{"text": "y", "label": "b"}\n'
 
@@ -116,6 +118,17 @@ def test_a_form_that_ends_in_its_middle(client: httpx.Client, settings: Settings
     error_of(none, 422, "invalid_request")
     assert stored(settings) == []
     assert post(head + b"whole\r\n--B--\r\n").json()["size"] == 5
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next(settings: Settings, store: Store) -> None:
+    folder = settings.data / "files"
+    folder.mkdir()
+    for name in (".file_old.part", ".file_new.part", "file_kept"):
+        (folder / name).write_bytes(b"x")
+    os.utime(folder / ".file_old.part", (1, 1))
+    os.utime(folder / "file_kept", (1, 1))
+    with running(settings, store):
+        assert {p.name for p in stored(settings)} == {".file_new.part", "file_kept"}
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "a\\b", "", "x" * 256, "a\nb", "a\0b"])

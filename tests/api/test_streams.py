@@ -61,6 +61,15 @@ def test_without_wake_ups_polling_finds_it(
         assert next(events(answer)).data["text"] == "found"
 
 
+def test_a_silent_stream_is_kept_alive(
+    client: httpx.Client, infer_spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("scheduler.api.streams.PING", 0.1)
+    job = submit(client, infer_spec(3))["id"]
+    with client.stream("GET", f"/v1/jobs/{job}/logs") as answer:
+        assert next(answer.iter_lines()).startswith(":"), "a comment, which is no event"
+
+
 def test_what_is_there_now(client: httpx.Client, fleet: FakeFleet, infer_spec: Spec) -> None:
     job = submit(client, infer_spec(3))["id"]
     (holder,) = fleet.start(job)
