@@ -11,7 +11,7 @@ COPY workers workers
 RUN pip install -c constraints.txt '.[scheduler,monitor]' \
     && ! python -c 'import torch' 2>/dev/null \
     && useradd --create-home --uid 1000 gpuyard \
-    && install -d -o gpuyard -g gpuyard /data
+    && install -d -o gpuyard -g gpuyard /data /flower
 USER gpuyard
 VOLUME /data
 ENV GPUYARD_DATA=/data

@@ -198,7 +198,7 @@ class InferSpec(_Job):
     )
     generation: Generation | None = None
     top_k_labels: int = Field(1, ge=1, le=1000, description="Labels returned a row, best first.")
-    batch_size: int = Field(16, ge=1, le=4096, description="Rows computed together, at most.")
+    batch_size: int = Field(32, ge=1, le=4096, description="Rows computed together, at most.")
     shard_rows: int = Field(64, ge=1, le=100_000, description="Rows committed together.")
     max_length: int | None = Field(None, ge=4, description="Tokens of input a row may have.")
     too_long: Literal["error", "truncate"] = "error"

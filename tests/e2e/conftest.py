@@ -35,27 +35,43 @@ def make_models(folder: Path) -> None:
         [" ".join(WORDS)], trainers.WordLevelTrainer(special_tokens=SPECIAL, show_progress=False)
     )
     size = tokenizer.get_vocab_size()
-    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[SEP]")
+    plain = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", eos_token="[SEP]"
+    )
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, intermediate_size=64, max_position_embeddings=256,
-            eos_token_id=3, pad_token_id=0,
-        )  # fmt: skip
+            vocab_size=size,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            intermediate_size=64,
+            max_position_embeddings=256,
+            eos_token_id=3,
+            pad_token_id=0,
+        )
     ).save_pretrained(folder / "tinyllama")
     plain.save_pretrained(folder / "tinyllama")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     bert = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]",
-        sep_token="[SEP]", mask_token="[MASK]",
-    )  # fmt: skip
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
     BertModel(
         BertConfig(
-            vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-            intermediate_size=64, max_position_embeddings=128,
-        )  # fmt: skip
+            vocab_size=size,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=128,
+        )
     ).save_pretrained(folder / "tinybert")
     bert.save_pretrained(folder / "tinybert")
 

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 import redis
 
@@ -39,7 +40,7 @@ def kill_rank(stack: StackProcess, job_id: str, chance: random.Random) -> str:
         found = {
             pid
             for pid in writing_below(stack.data)
-            if os.readlink(f"/proc/{pid}/fd/1").endswith(f"engine.{device}.log")
+            if str(Path(f"/proc/{pid}/fd/1").readlink()).endswith(f"engine.{device}.log")
         }
         return next((pid for pid in found if parent_of(pid) in found), None)
 

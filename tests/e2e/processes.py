@@ -41,7 +41,7 @@ def writing_below(folder: Path) -> set[int]:
     found = set()
     for pid in pids():
         try:
-            target = os.readlink(f"/proc/{pid}/fd/1")
+            target = str(Path(f"/proc/{pid}/fd/1").readlink())
         except OSError:
             continue
         if target.startswith(f"{folder}/") and alive(pid):

@@ -21,7 +21,9 @@ from tests.stack import eventually
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 
-def training(labelled: dict[str, Path], *, epochs: int, devices: int = 2, **more: Any) -> dict[str, Any]:
+def training(
+    labelled: dict[str, Path], *, epochs: int, devices: int = 2, **more: Any
+) -> dict[str, Any]:
     return {
         "kind": "train",
         "task": "text-classification",

@@ -151,16 +151,12 @@ def test_many_jobs_and_all_agree(
     }
     assert len(ranks) == 200 + 5 + 2 * 5  # no attempt was made twice
     eventually(
-        lambda: all(
-            flower_tasks(stack).get(task, {}).get("state") == "SUCCESS" for task in ranks
-        ),
+        lambda: all(flower_tasks(stack).get(task, {}).get("state") == "SUCCESS" for task in ranks),
         within=30,
         what="Flower to have seen every rank succeed",
     )
     with redis.Redis.from_url(stack.setting("BROKER_URL")) as broker:
-        waiting = {d.queue for d in client.devices()} | {
-            f"device.{d.id}" for d in client.devices()
-        }
+        waiting = {d.queue for d in client.devices()} | {f"device.{d.id}" for d in client.devices()}
         assert {queue: broker.llen(queue) for queue in waiting} == dict.fromkeys(waiting, 0)
         assert broker.hlen("unacked") == 0
 
