@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import re
 import socket
@@ -12,6 +11,7 @@ from collections.abc import Sequence
 
 from shared.errors import ConfigurationError, GpuyardError
 from shared.settings import load_settings
+from workers import console
 from workers.host import HostManager
 from workers.inventory import take_stock
 
@@ -21,9 +21,7 @@ _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM; the exit code."""
     options = _parse(argv)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s worker %(levelname)s %(message)s"
-    )
+    console.configure("worker")
     # Ranks share the processors by the threads that each is told to use. Libraries that size their
     # pools when they load would otherwise take all of them in every process.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

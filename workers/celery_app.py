@@ -1,6 +1,6 @@
 """The Celery worker process of one device. The only module of the workers that imports Celery.
 
-``python -m workers.celery_app --device JSON --nursery SOCKET --folder DIR``, started by the host
+``python -m workers.serve --device JSON --nursery SOCKET --folder DIR``, started by the host
 manager. Celery delivers hints and shows what goes on; what counts is in Postgres. A pool of one
 thread, supervised by our own code, so that pings, revokes and heartbeats work while a job runs.
 """
@@ -11,8 +11,8 @@ import argparse
 import logging
 import os
 import signal
-import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 from celery import Celery, bootsteps
 from celery.apps.worker import Worker
 from celery.exceptions import Ignore
+from celery.platforms import SecurityWarning
 from celery.signals import worker_ready
 from celery.worker import state as worker_state
 from celery.worker.control import Panel, control_command
@@ -33,6 +34,7 @@ from shared.errors import GpuyardError
 from shared.messages import RUN_TASK, Hint
 from shared.settings import load_settings
 from shared.store.claim import Refusal
+from workers import console
 from workers.attempt.insist import GivenUp
 from workers.attempt.outcome import Cancelled, Finished
 from workers.attempt.run import say
@@ -53,13 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve one device until told to end; the exit code."""
     options = _parse(argv)
     device = LocalDevice.from_json(options.device)
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format=f"%(asctime)s {device.id} %(levelname)s %(message)s",
-    )
-    for chatty in ("celery", "kombu"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    console.configure(device.id)
+    # Celery warns of root for the sake of pickled messages; here all messages are JSON.
+    warnings.simplefilter("ignore", SecurityWarning)
     if options.parent is not None:
         die_with_parent(options.parent, signal.SIGTERM)
     try:
@@ -232,16 +230,9 @@ def shutdown(state: Any, **kwargs: Any) -> Any:  # noqa: ARG001 - the signature 
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("workers.celery_app", description=__doc__)
+    parser = argparse.ArgumentParser("workers.serve", description=__doc__)
     parser.add_argument("--device", required=True, help="the device's facts, as JSON")
     parser.add_argument("--nursery", type=Path, required=True, help="socket of the nursery")
     parser.add_argument("--folder", type=Path, required=True, help="for the engine's log")
     parser.add_argument("--parent", type=int, help="drain when this process, the parent, ends")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    # The module under its own name, so that its classes exist once.
-    from workers.celery_app import main as run_main
-
-    sys.exit(run_main())

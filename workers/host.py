@@ -107,7 +107,7 @@ class HostManager:
             Child(
                 device.id,
                 [
-                    *[sys.executable, "-m", "workers.celery_app", "--device", device.to_json()],
+                    *[sys.executable, "-m", "workers.serve", "--device", device.to_json()],
                     *["--nursery", str(socket), "--folder", str(self._folder), *parent],
                 ],
                 environment,

@@ -33,18 +33,20 @@ def new_fleet(tmp_data: Path) -> Iterator[Callable[..., Fleet]]:
 
 @pytest.fixture(scope="module")
 def shared_fleet(
+    request: pytest.FixtureRequest,
     new_database: Callable[[], str],
     valkey_server: ValkeyServer,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Fleet]:
-    """One for a whole module: two CPU slots ``cpu0@one`` and ``cpu1@one``. For tests that break
-    nothing and leave the devices free."""
+    """One for a whole module, with the module's number of CPU slots (``DEVICES``) on host ``one``.
+    For tests that break nothing and leave the devices free."""
+    devices: int = request.module.DEVICES
     broker = valkey_server.database_url(next(_broker_numbers))
     with redis.Redis.from_url(broker) as client:
         client.flushdb()
     fleet = Fleet(tmp_path_factory.mktemp("shared") / "data", new_database(), broker)
     fleet.start_scheduler()
-    fleet.start_host("one", "--devices=cpu:2", devices=2)
+    fleet.start_host("one", f"--devices=cpu:{devices}", devices=devices)
     yield fleet
     fleet.close()
 

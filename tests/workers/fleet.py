@@ -278,3 +278,40 @@ class Fleet:
     def celery(self) -> Celery:
         """A client of the broker, as Flower has one."""
         return Celery("test", set_as_current=False, config_source=celery_config(self.settings))
+
+
+class Monitor:
+    """What Flower sees: every event, and the state of each task by Celery's own rules."""
+
+    def __init__(self, client: Celery) -> None:
+        self._state = client.events.State()
+        self._events: list[dict[str, Any]] = []
+        self._connection = client.connection()
+        self._receiver = client.events.Receiver(self._connection, handlers={"*": self._take})
+        self._thread = threading.Thread(
+            target=self._receiver.capture, kwargs={"wakeup": True}, daemon=True
+        )
+
+    def _take(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+        self._state.event(event)
+
+    def events_of(self, task_id: str) -> list[str]:
+        return [event["type"] for event in self._events if event.get("uuid") == task_id]
+
+    def state_of(self, task_id: str) -> str | None:
+        task = self._state.tasks.get(task_id)
+        return None if task is None else str(task.state)
+
+    def last_event_of(self, task_id: str) -> dict[str, Any]:
+        return [event for event in self._events if event.get("uuid") == task_id][-1]
+
+    def __enter__(self) -> Monitor:
+        self._thread.start()
+        eventually(lambda: self._events, 10, "a heartbeat of a worker")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._receiver.should_stop = True
+        self._thread.join(5)
+        self._connection.release()

@@ -10,6 +10,8 @@ from shared.store import read
 from tests.stack import eventually
 from tests.workers.fleet import Fleet
 
+DEVICES = 2
+
 
 def test_training_job_from_hint_to_artifact(shared_fleet: Fleet) -> None:
     job_id = shared_fleet.train("quick")
