@@ -160,15 +160,13 @@ class _Round:
         kept = _spread(best, min(needs.devices, len(best)))
         free = len(self._free(options.live))
         self.withheld.update(d.id for d in kept)
-        return Waiting(
-            self._explain(needs, options, len(kept), free, ahead), tuple(d.id for d in kept)
-        )
+        return Waiting(self._explain(needs, options, free, ahead), tuple(d.id for d in kept))
 
-    def _explain(
-        self, needs: Requirements, options: _Options, kept: int, free: int, ahead: int
-    ) -> str:
-        names = [name for _, _, name in sorted(options.classes)]
-        one_class = names[0] if len(names) == 1 else f"{names[0]} or better"
+    def _explain(self, needs: Requirements, options: _Options, free: int, ahead: int) -> str:
+        names = list(dict.fromkeys(name for _, _, name in sorted(options.classes)))
+        one_class = f"class {names[0]}" if len(names) == 1 else f"class {names[0]} or better"
+        if needs.devices > 1 and len(names) > 1:
+            one_class = f"one class, {names[0]} or better"
         busy = sum(self._occupied(d) for d in options.live)
         held_back = len(options.live) - busy - free
         parts = [f"{free} free", f"{busy} busy"]
@@ -178,8 +176,8 @@ class _Round:
             parts.append(f"{options.silent} silent or draining")
         lacking = "a device"
         if needs.devices > 1:
-            lacking = f"{needs.devices - kept} of {needs.devices} devices"
-        reason = f"waits for {lacking} of class {one_class}: {', '.join(parts)}"
+            lacking = f"{max(1, needs.devices - free)} of {needs.devices} devices"
+        reason = f"waits for {lacking} of {one_class}: {', '.join(parts)}"
         if ahead:
             reason += f"; {ahead} {'job is' if ahead == 1 else 'jobs are'} ahead"
         return reason
