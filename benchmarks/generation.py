@@ -19,7 +19,7 @@ import random
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def make_model(kind: str, folder: Path) -> list[str]:
 
 def make_prompts(tokenizer: Any, texts: list[str], requests: int) -> list[str]:
     ids = tokenizer("\n".join(texts), verbose=False)["input_ids"]
-    rnd = random.Random(0)  # noqa: S311
+    rnd = random.Random(0)
     prompts = []
     for _ in range(requests):
         length = rnd.randint(8, 200)
@@ -163,7 +163,7 @@ def measure(name: str, run: Callable[[], Answers], reference: Answers | None) ->
     }
 
 
-def main() -> None:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -172,7 +172,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--slots", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse_arguments()
     result = bench(args)
     print(json.dumps(result) if args.json else table(result))
 

@@ -26,7 +26,6 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--warm-up-steps", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32, help="over all ranks")
     parser.add_argument("--padding", choices=["grouped", "512"], default="grouped")
     parser.add_argument("--freeze", default=None, help="prefix of parameters to freeze")
@@ -54,16 +53,15 @@ def main() -> None:
     targets = [labels.index(row["label"]) for row in rows]
     batches = _batches(encoded, args.batch_size, grouped=args.padding == "grouped")
 
-    examples, started = 0, 0.0
-    for step in range(args.steps + args.warm_up_steps):
-        if step == args.warm_up_steps:
-            dist.barrier()
-            examples, started = 0, time.perf_counter()
+    examples, started, first_step_at = 0, time.perf_counter(), 0.0
+    for step in range(args.steps):
         batch = batches[step % len(batches)]
         mine = batch[rank::ranks]
         features = {"input_ids": [encoded[i] for i in mine]}
         if args.padding == "512":
-            inputs = tokenizer.pad(features, padding="max_length", max_length=512, return_tensors="pt")
+            inputs = tokenizer.pad(
+                features, padding="max_length", max_length=512, return_tensors="pt"
+            )
         else:
             inputs = tokenizer.pad(features, padding="longest", return_tensors="pt")
         output = ddp(**inputs, labels=torch.tensor([targets[i] for i in mine]))
@@ -72,15 +70,22 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         examples += len(batch)
-    dist.barrier()
+        first_step_at = first_step_at or time.time()
     seconds = time.perf_counter() - started
     if rank == 0:
-        print(json.dumps({"examples_per_second": examples / seconds, "steps_per_second": args.steps / seconds}))
+        print(
+            json.dumps(
+                {
+                    "examples_per_second": examples / seconds,
+                    "steps_per_second": args.steps / seconds,
+                }
+            )
+        )
     dist.destroy_process_group()
 
 
 def _batches(encoded: list[list[int]], size: int, *, grouped: bool) -> list[list[int]]:
-    generator = random.Random(42)  # noqa: S311 - the order of examples is no secret
+    generator = random.Random(42)
     order = list(range(len(encoded)))
     generator.shuffle(order)
     if grouped:

@@ -1,0 +1,84 @@
+"""``make bench``: everything in one run, as the tables of docs/performance.md."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks import generation, jobs, training
+from benchmarks.service import service
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each pair; medians count")
+    parser.add_argument("--requests", type=int, default=64, help="prompts of the generation part")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"))
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    args.out.mkdir(exist_ok=True)
+
+    print("generation", flush=True)
+    generated = generation.bench(
+        generation.parse_arguments(["--requests", str(args.requests), "--slots", "32"])
+    )
+    with tempfile.TemporaryDirectory(prefix="gpuyard-bench-") as folder:
+        print("starting a local stack", flush=True)
+        with service(Path(folder)) as running:
+            print("training", flush=True)
+            trained = training.bench(running, rounds=args.rounds)
+            print("jobs", flush=True)
+            done = jobs.bench(running)
+    figures = {"training": trained, "generation": generated, "jobs": done}
+    (args.out / "figures.json").write_text(json.dumps(figures, indent=2))
+    text = report(figures)
+    (args.out / "performance.md").write_text(text)
+    print(text)
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The tables, as Markdown."""
+    rates = figures["training"]["examples_per_second"]
+    first = figures["training"]["seconds_to_first_step"]
+    done = figures["jobs"]
+    lines = [
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "",
+        "| training: MiniLM, 2 ranks (gloo), global batch 32 | examples/s | steps/s | gpuyard is |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, rate in rates.items():
+        times = rates["gpuyard"] / rate
+        lines.append(f"| {name} | {rate:.1f} | {rate / training.BATCH:.2f} | {times:.2f} × |")
+    lines += [
+        "",
+        "| from start to the first step | seconds | gpuyard, warm, is |",
+        "| --- | --- | --- |",
+    ]
+    for name, seconds in first.items():
+        lines.append(
+            f"| {name} | {seconds:.2f} | {seconds / first['gpuyard, warm']:.1f} × faster |"
+        )
+    lines += ["", generation.table(figures["generation"])]
+    lines += [
+        "",
+        "| doing next to nothing, 2 devices | a second |",
+        "| --- | --- |",
+        f"| gpuyard jobs, submit to stored result | {done['jobs_per_second']:.1f} |",
+        f"| gpuyard submissions | {done['submissions_per_second']:.1f} |",
+        f"| bare Celery tasks | {done['celery_tasks_per_second']:.0f} |",
+        "",
+        f"One job alone, submit to succeeded: {done['seconds_for_one_job'] * 1000:.0f} ms (median). "
+        f"Bare Celery does {done['celery_tasks_per_second'] / done['jobs_per_second']:.0f} × as many tasks.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
