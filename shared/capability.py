@@ -12,7 +12,7 @@ from typing import Literal
 from shared.errors import ConfigurationError
 
 GIB = 1024**3
-_STEPS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180, 192, 288)
+_STEPS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180, 288)
 """Memory steps of a class in GiB, as cards are sold; a class promises at least its step less 8%."""
 
 KNOWN_GPUS: dict[str, tuple[int, int]] = {

@@ -1,0 +1,223 @@
+"""Pure facts of ``shared``: the retry policy, capability classes, the table of transitions."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.capability import (
+    _STEPS,
+    GIB,
+    KNOWN_GPUS,
+    Capability,
+    device_queue,
+    parse_simulated,
+)
+from shared.errors import ConfigurationError
+from shared.lifecycle import (
+    ATTEMPT_TRANSITIONS,
+    JOB_TRANSITIONS,
+    AttemptState,
+    FailureClass,
+    JobState,
+    attempt_may_become,
+    job_may_become,
+    job_states_leading_to,
+)
+from shared.retry import MAX_BACKOFF, GiveUp, TryAgain, decide
+from shared.specs import Retry
+
+FINAL = {
+    FailureClass.USER_ERROR,
+    FailureClass.DATA_ERROR,
+    FailureClass.CANCELLED,
+    FailureClass.DEADLINE,
+}
+FREE = {FailureClass.PREEMPTED, FailureClass.UNCLAIMED}
+policies = st.builds(Retry, max_attempts=st.integers(1, 10), backoff_seconds=st.floats(0, 3600))
+histories = st.lists(st.sampled_from(FailureClass), min_size=1, max_size=30)
+
+
+@given(policy=policies, failures=histories)
+def test_every_failure_has_an_answer_with_a_reason(
+    policy: Retry, failures: list[FailureClass]
+) -> None:
+    decision = decide(policy, failures)
+    assert decision.reason.startswith(failures[-1])
+    if failures[-1] in FINAL:
+        assert isinstance(decision, GiveUp)
+    if failures[-1] in FREE:
+        assert decision == TryAgain(0.0, decision.reason)
+    if isinstance(decision, TryAgain):
+        assert 0 <= decision.after_seconds <= MAX_BACKOFF
+
+
+@given(
+    policy=policies, failures=st.lists(st.sampled_from(sorted(set(FailureClass) - FINAL - FREE)))
+)
+def test_a_job_that_keeps_failing_comes_to_an_end(
+    policy: Retry, failures: list[FailureClass]
+) -> None:
+    """After exactly ``max_attempts`` counted failures, or earlier when memory runs out twice."""
+    for n in range(1, len(failures) + 1):
+        given_up = isinstance(decide(policy, failures[:n]), GiveUp)
+        out_of_memory = failures[:n].count(FailureClass.OUT_OF_MEMORY) >= 2
+        assert given_up == (n >= policy.max_attempts or out_of_memory)
+
+
+@given(policy=policies, failures=histories, free=st.lists(st.sampled_from(sorted(FREE))))
+def test_what_costs_no_try_changes_nothing(
+    policy: Retry, failures: list[FailureClass], free: list[FailureClass]
+) -> None:
+    assert decide(policy, [*free, *failures]) == decide(policy, failures)
+
+
+def test_the_delay_doubles() -> None:
+    policy = Retry(max_attempts=100, backoff_seconds=2)
+    lost = [FailureClass.LOST_WORKER]
+    delays = [decide(policy, lost * n) for n in range(1, 12)]
+    seconds = [d.after_seconds for d in delays if isinstance(d, TryAgain)]
+    assert seconds[:4] == [2, 4, 8, 16]
+    assert seconds[-1] == MAX_BACKOFF
+
+
+# --- capability classes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sm", "mebibytes", "queue"),
+    [
+        # What the cards report, not what they are sold as.
+        (75, 15_360, "cuda.sm75.16g"),
+        (75, 15_109, "cuda.sm75.16g"),
+        (70, 32_510, "cuda.sm70.32g"),
+        (80, 40_536, "cuda.sm80.40g"),
+        (80, 81_920, "cuda.sm80.80g"),
+        (80, 81_153, "cuda.sm80.80g"),
+        (90, 81_559, "cuda.sm90.80g"),
+        (90, 143_771, "cuda.sm90.141g"),
+        (86, 24_576, "cuda.sm86.24g"),
+        (89, 23_034, "cuda.sm89.24g"),
+        (86, 46_068, "cuda.sm86.48g"),
+        (61, 11_264, "cuda.sm61.10g"),
+        (50, 2_048, "cuda.sm50.2g"),
+        (100, 183_359, "cuda.sm100.180g"),
+    ],
+)
+def test_classes_of_real_cards(sm: int, mebibytes: int, queue: str) -> None:
+    assert Capability("cuda", sm, mebibytes * 1024**2).queue == queue
+
+
+def test_cpu_is_one_class() -> None:
+    assert Capability("cpu", 0, 3 * GIB).queue == Capability("cpu", 0, 300 * GIB).queue == "cpu"
+
+
+capabilities = st.builds(
+    Capability,
+    st.just("cuda"),
+    st.sampled_from([70, 75, 80, 86, 89, 90, 100]),
+    st.integers(GIB, 300 * GIB),
+)
+
+
+@given(a=capabilities, b=capabilities)
+def test_a_class_has_one_rank_and_promises_its_step(a: Capability, b: Capability) -> None:
+    assert (a.queue == b.queue) == (a.rank == b.rank)
+    assert a.memory_bytes >= a.memory_step * GIB * 0.92
+    if a.memory_step == b.memory_step and a.compute_capability <= b.compute_capability:
+        assert a.features <= b.features
+        assert a.rank <= b.rank
+    assert Capability("cpu", 0, a.memory_bytes).rank < b.rank
+    if a.memory_bytes >= 4 * GIB:
+        assert a.memory_step in _STEPS
+
+
+def test_device_queues_are_no_class_queues() -> None:
+    assert device_queue("gpu0@host") == "device.gpu0@host"
+
+
+def test_simulated_devices() -> None:
+    found = parse_simulated("2xA100-80GB, t4-16gb,H100")
+    assert [d.model for d in found] == ["A100-80GB", "A100-80GB", "T4-16GB", "H100-80GB"]
+    assert [d.capability.queue for d in found[1:]] == [
+        "cuda.sm80.80g",
+        "cuda.sm75.16g",
+        "cuda.sm90.80g",
+    ]
+
+
+@given(
+    wanted=st.lists(
+        st.tuples(st.integers(1, 5), st.sampled_from(sorted(KNOWN_GPUS)), st.integers(1, 300)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_simulated_devices_are_what_is_written(wanted: list[tuple[int, str, int]]) -> None:
+    found = parse_simulated(",".join(f"{n}x{name}-{gib}GB" for n, name, gib in wanted))
+    expected = [(f"{name}-{gib}GB", gib * GIB) for n, name, gib in wanted for _ in range(n)]
+    assert [(d.model, d.capability.memory_bytes) for d in found] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ",", "0xT4", "T5", "2xx", "T4-0GB", "-1xT4", "T4-16", "999xT4", "T4-9999GB", "T4;L4"],
+)
+def test_malformed_simulation_is_refused_for_people(text: str) -> None:
+    with pytest.raises(ConfigurationError) as error:
+        parse_simulated(text)
+    assert error.value.param == "simulate"
+
+
+@given(text=st.text(max_size=20))
+def test_no_text_breaks_the_parser(text: str) -> None:
+    try:
+        assert parse_simulated(text)
+    except ConfigurationError as error:
+        assert str(error)
+
+
+# --- the table of transitions ------------------------------------------------------------------
+
+
+def test_terminal_states_are_left_by_nothing_and_the_others_lead_there() -> None:
+    for jobs in JobState:
+        reachable, frontier = {jobs}, {jobs}
+        while frontier:
+            frontier = {t.target for t in JOB_TRANSITIONS if t.source in frontier} - reachable
+            reachable |= frontier
+        assert any(state.terminal for state in reachable)
+        assert not jobs.terminal or reachable == {jobs}
+    for attempts in AttemptState:
+        targets = [t.target for t in ATTEMPT_TRANSITIONS if t.source is attempts]
+        assert bool(targets) == (not attempts.terminal)
+
+
+@given(a=st.sampled_from(JobState), b=st.sampled_from(JobState))
+def test_the_table_is_the_whole_truth(a: JobState, b: JobState) -> None:
+    listed = any((t.source, t.target) == (a, b) for t in JOB_TRANSITIONS)
+    assert job_may_become(a, b) == listed == (a in job_states_leading_to(b))
+
+
+def test_attempts_go_from_active_to_terminal_or_running() -> None:
+    for a in AttemptState:
+        for b in AttemptState:
+            if attempt_may_become(a, b):
+                assert not a.terminal
+                assert b.terminal or b is AttemptState.RUNNING
+
+
+def test_each_transition_names_a_function_of_the_store() -> None:
+    modules = ("dispatch", "claim", "finish", "cancel", "rescue")
+    functions = {
+        name
+        for module in modules
+        for name, _ in inspect.getmembers(
+            importlib.import_module(f"shared.store.{module}"), inspect.isfunction
+        )
+    }
+    assert {t.by for t in (*JOB_TRANSITIONS, *ATTEMPT_TRANSITIONS)} <= functions
