@@ -13,8 +13,10 @@ import redis
 from gpuyard.local.servers import PostgresServer, ValkeyServer
 from shared.messages import RUN_TASK, Hint
 from shared.store import read
+from shared.store.devices import register_device
 from tests.stack import eventually
 from tests.workers.fleet import Fleet, Monitor
+from workers.inventory import take_stock
 
 pytestmark = pytest.mark.chaos
 
@@ -212,6 +214,53 @@ def test_hints_late_doubled_stale_and_senseless(fleet: Fleet) -> None:
     assert len(fleet.attempts(job_id)) == 1
     assert [event.type for event in fleet.events(job_id)].count("claimed") == 1
     assert "ERROR/MainProcess" not in fleet.log("one").read_text()
+
+
+def test_flower_shows_class_and_message_of_a_failure(fleet: Fleet) -> None:
+    fleet.start_host()
+    with fleet.celery() as client, Monitor(client) as flower:
+        job_id = fleet.train("crash", retry={"max_attempts": 1})
+        fleet.wait(job_id, "failed")
+        [attempt] = fleet.attempts(job_id)
+        task_id = f"{attempt.id}.0"
+        eventually(lambda: flower.state_of(task_id) == "FAILURE")
+        event = flower.last_event_of(task_id)
+    assert event["exception"].startswith("AttemptFailed('infrastructure: rank 0 ended with exit")
+    assert "flux capacitor" in event["exception"]
+    assert event["traceback"] == ""
+
+
+def test_job_ends_while_the_broker_is_down(
+    new_fleet: Callable[..., Fleet], new_valkey: Callable[[], ValkeyServer], database: str
+) -> None:
+    """The store knows at once; Flower hears of it when the broker is back."""
+    valkey = new_valkey()
+    fleet = new_fleet(database, valkey.url)
+    fleet.start_scheduler()
+    fleet.start_host()
+    with fleet.celery() as client, Monitor(client) as flower:
+        job_id = fleet.train("wait")
+        fleet.wait_until_set_up(job_id)
+        [attempt] = fleet.attempts(job_id)
+        task_id = f"{attempt.id}.0"
+        eventually(lambda: flower.state_of(task_id) == "STARTED")
+    valkey.kill()
+    (fleet.data / "go").touch()
+    fleet.wait(job_id, "succeeded", within=10)
+    assert fleet.free()
+    valkey.start()
+    fleet.wait(fleet.train("quick"), "succeeded", within=40)
+
+
+def test_worker_whose_device_another_serves_ends(fleet: Fleet) -> None:
+    fleet.start_host()
+    before = fleet.worker_pid("cpu0@one")
+    [device] = take_stock("one", "cpu:1")
+    fleet.store.call(register_device, device.facts, 4711, "0")
+    eventually(lambda: "another process serves" in fleet.log("one").read_text())
+    # Its manager starts it anew, and that one is the latest.
+    eventually(lambda: fleet.worker_pid("cpu0@one") not in (before, 4711), 30)
+    fleet.wait(fleet.train("quick"), "succeeded")
 
 
 def test_revoke_in_flower_cancels_the_job(fleet: Fleet) -> None:

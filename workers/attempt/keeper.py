@@ -30,12 +30,18 @@ class LeaseKeeper:
         self._holder = holder
         self._inbox = inbox
         self._now = threading.Event()
-        self._closed = False
+        self._closed = self._concluding = False
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
         self._thread.start()
 
     def renew_now(self) -> None:
-        self._now.set()
+        """Something may have changed; not asked any more once the attempt concludes."""
+        if not self._concluding:
+            self._now.set()
+
+    def conclude(self) -> None:
+        """Only keep the lease from now on: what wakes us is the end that we report ourselves."""
+        self._concluding = True
 
     def close(self) -> None:
         """No renewal is under way once this returns."""

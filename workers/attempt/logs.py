@@ -53,6 +53,8 @@ class LogTail:
     def _read(self) -> bytes:
         try:
             with self.path.open("rb") as file:
+                if file.seek(0, 2) < self._offset:
+                    self._offset = 0  # an engine began its log anew
                 file.seek(self._offset)
                 return file.read(CHUNK)
         except FileNotFoundError:

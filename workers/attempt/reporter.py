@@ -83,6 +83,10 @@ class Reporter:
         except GivenUp as error:
             log.warning("reports are given up: %s", error)
             self._counts = False
+        except ValueError as error:
+            log.error("a report of the rank is refused: %s", error)
+            self._counts = False
+            self._inbox.end_with(failed(FailureClass.INFRASTRUCTURE, "report_refused", str(error)))
         except Exception as error:
             # A report that the store refuses is a defect of the rank or of ours. Without it the
             # rest must not count either.

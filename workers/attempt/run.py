@@ -91,7 +91,9 @@ class RunningAttempt:
         log.info("%s: attempt %d, rank %d begins", *self._names())
         self._keeper = LeaseKeeper(self.site.store, self.site.settings, self.holder, self.inbox)
         try:
-            outcome = self._conclude(self._run_and_flush())
+            outcome = self._run_and_flush()
+            self._keeper.conclude()
+            outcome = self._conclude(outcome)
         finally:
             self._keeper.close()
             self.inbox.close()
