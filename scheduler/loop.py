@@ -28,8 +28,8 @@ from shared.store.snapshot import Snapshot, take_snapshot
 
 log = logging.getLogger(__name__)
 
-_SHORTEST_PAUSE = 0.02
-"""Seconds between two ticks at least: a burst of submissions becomes few ticks, not as many."""
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
+"""Seconds between two ticks at least: as long as the last one took, within these bounds."""
 _REPEAT_EVERY = 30.0
 """Seconds after which a trouble that goes on is named again."""
 
@@ -40,6 +40,10 @@ def main(settings: Settings) -> int:
     Signals are fetched here and not handled: a handler would run between any two instructions of the
     loop and could touch no lock.
     """
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     scheduler = Scheduler(Store(settings.database_url, pool_size=4), settings)
@@ -81,8 +85,10 @@ class Scheduler:
         log.info("scheduler %s stands by", self._leadership.holder)
         while not self._stopping:
             self._wake.clear()
+            started = time.monotonic()
             self._tick_safely()
-            time.sleep(_SHORTEST_PAUSE)
+            # A burst of submissions becomes a few ticks, and a long queue takes half a core at most.
+            time.sleep(min(max(_SHORTEST_PAUSE, time.monotonic() - started), _LONGEST_PAUSE))
             if not self._stopping:
                 self._wake.wait(self._settings.tick_every)
         self._publisher.close()
