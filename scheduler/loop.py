@@ -66,11 +66,13 @@ class Scheduler:
         self._settings = settings
         self._wake = threading.Event()
         self._publisher = Publisher(settings)
-        # Three quarters of a term: in a shorter gap no healthy holder can have lost its lease.
+        # In less than three quarters of a lease's term no healthy holder can have lost it. And never
+        # less than a few of the leader's own renewals, or a busy machine would look like an outage.
+        longest_gap = max(0.75 * settings.lease_ttl, settings.leader_ttl)
         self._leadership = Leadership(
             store,
             ttl=settings.leader_ttl,
-            longest_gap=0.75 * settings.lease_ttl,
+            longest_gap=longest_gap,
             on_change=self._wake.set,
         )
         self._stopping = False
