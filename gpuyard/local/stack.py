@@ -120,6 +120,7 @@ class Stack:
                     self._say(f"{server.name} ended; starts again ({server.log})")
                     try:
                         server.start()
+                        changed = True
                     except Unavailable as error:
                         self._say(f"{error}")
                         time.sleep(2)
@@ -422,6 +423,7 @@ def start_stack(
     data = options.data.expanduser().resolve()
     if join and (found := read_instance(data)) is not None:
         return RunningStack(found, None)
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
     log = data / "logs" / "up.log"
     start = log.stat().st_size if log.exists() else 0
     process = spawn(

