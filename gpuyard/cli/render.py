@@ -91,7 +91,7 @@ def size(count: int) -> str:
     amount = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if amount < 1024 or unit == "GiB":
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+            return f"{amount:.0f} {unit}" if amount.is_integer() else f"{amount:.1f} {unit}"
         amount /= 1024
     raise AssertionError
 
@@ -147,23 +147,33 @@ def remark(job: JobView) -> str:
 
 
 def jobs(console: Console, items: Sequence[JobView]) -> Table:
+    """One line a job. Where one has a reason to tell, that goes before what the job is."""
+    explained = any(remark(job) for job in items)
     columns = [
         Column("JOB", whole=True),
         Column("STATE", whole=True),
         Column("DONE", 50, right=True),
-        Column("TASK", 80),
-        Column("MODEL", 100),
-        Column("NAME", 120),
         Column("AGE", 60),
-        Column("REMARK", 110),
+        Column("TASK", 150 if explained else 80),
+        Column("MODEL", 130 if explained else 100),
+        Column("NAME", 110 if explained else 120),
     ]
     rows = [
-        (
-            job.id, state(job.state), percent(job), job.task if job.kind == "infer" else
-            f"train {job.task}", job.model, job.name, age(job.created_at), remark(job),
-        )
+        [
+            job.id,
+            state(job.state),
+            percent(job),
+            age(job.created_at),
+            job.task if job.kind == "infer" else f"train {job.task}",
+            job.model,
+            job.name,
+        ]
         for job in items
-    ]  # fmt: skip
+    ]
+    if explained:
+        columns.append(Column("REASON", 70))
+        for row, job in zip(rows, items, strict=True):
+            row.append(remark(job))
     return table(console, columns, rows)
 
 
@@ -210,13 +220,16 @@ def job_fields(job: JobDetail) -> Table:
 
 def needs(requirements: dict[str, Any]) -> str:
     """Requirements in words, those that ask for something."""
-    parts = []
-    for name, value in requirements.items():
-        if name == "memory_bytes" and value:
-            parts.append(f"{size(value)} memory")
-        elif value not in (None, "", [], {}, False, 0):
-            text = ", ".join(map(str, value)) if isinstance(value, list) else number(value)
-            parts.append(f"{name.replace('_', ' ')} {text}")
+    devices = requirements.get("devices") or 1
+    parts = [f"{devices} device" + ("s" if devices > 1 else "")]
+    if requirements.get("accelerator") not in (None, "auto"):
+        parts.append(str(requirements["accelerator"]))
+    if memory := requirements.get("memory_bytes"):
+        estimated = ", estimated" if requirements.get("memory_is_estimate") else ""
+        parts.append(f"{size(memory)} each{estimated}")
+    if capability := requirements.get("compute_capability"):
+        parts.append(f"compute capability {capability / 10:g}")
+    parts += requirements.get("features") or []
     return " · ".join(parts)
 
 
@@ -225,7 +238,9 @@ def summary(job: JobView) -> str:
     return " · ".join(
         f"{name.replace('_', ' ')} {number(value)}"
         for name, value in (job.summary or {}).items()
-        if isinstance(value, int | float | str) and not isinstance(value, bool)
+        if isinstance(value, int | float | str)
+        and not isinstance(value, bool)
+        and name != "done"  # of a batch job that ended well: all rows
     )
 
 

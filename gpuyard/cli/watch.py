@@ -48,9 +48,9 @@ def watch(session: Session, id: str) -> None:
             if look != job and session.json:
                 session.emit(look)
             job = look
-            display.show(job)
-            # Events last, so that those of the end are there when the end was seen.
+            # Events are asked for after the look, so that those of the end are among them.
             display.tell(session, id)
+            display.show(job)
     if job is None or not job.state.terminal:
         raise AssertionError("a watch ends with the job")
     if job.state is not JobState.SUCCEEDED:
