@@ -54,10 +54,13 @@ def instance_path() -> Path:
 
 
 def data_folder() -> Path:
-    """``GPUYARD_DATA``, or ``gpuyard`` in the user's data folder of the system."""
+    """Of the local stack: ``GPUYARD_DATA``, else the default."""
     named = os.environ.get(DATA)
-    if named:
-        return Path(named).expanduser().resolve()
+    return Path(named).expanduser().resolve() if named else default_data_folder()
+
+
+def default_data_folder() -> Path:
+    """``gpuyard`` in the user's data folder of the system."""
     base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
     return (Path(base).expanduser() / "gpuyard").resolve()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import typer
 from gpuyard.cli import render
 from gpuyard.cli.command import command, guarded
 from gpuyard.cli.session import Session
+from gpuyard.connection import default_data_folder
 from shared.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -173,16 +175,10 @@ def _where(session: Session, instance: Instance) -> None:
             ]
         )
     )
-    default = instance.data == str(_default_data())
-    shell = "" if default else f"GPUYARD_DATA={instance.data} "
-    session.say(f"In another terminal: {shell}gpuyard submit … · gpuyard jobs · gpuyard workers")
+    if instance.data != str(default_data_folder()):
+        session.say(f"In another terminal first: export GPUYARD_DATA={shlex.quote(instance.data)}")
+    session.say("In another terminal: gpuyard submit … · gpuyard jobs · gpuyard workers")
     session.say("Ctrl-C stops all of it.")
-
-
-def _default_data() -> Path:
-    from gpuyard.connection import data_folder
-
-    return data_folder()
 
 
 def demo(
