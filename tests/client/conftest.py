@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -19,32 +20,15 @@ from gpuyard import Client
 from gpuyard.cli import main
 from scheduler.api import create_app
 from scheduler.api.server import make_server
+from shared.settings import Settings
 from shared.store import Store
-from tests.api.conftest import (
-    Api,
-    api,
-    fleet,
-    infer_spec,
-    make_settings,
-    settings,
-    store,
-    texts,
-    train_spec,
-)
+from shared.store.keys import create_key
+from tests.api.conftest import Api, running
+from tests.api.fake_worker import FakeFleet
+from tests.api.model_folders import CAUSAL, CLASSIFIER, ENCODER, write_model
 from tests.client.proxy import MakeProxy, Proxy, proxy_to
 from tests.stack import eventually
 
-__all__ = [
-    "Store",
-    "api",
-    "fleet",
-    "infer_spec",
-    "make_settings",
-    "settings",
-    "store",
-    "texts",
-    "train_spec",
-]
 ROOT = Path(__file__).parents[2]
 
 
@@ -54,6 +38,69 @@ def no_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("GPUYARD_URL", "GPUYARD_API_KEY", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("GPUYARD_DATA", str(tmp_path / "no-stack"))
+
+
+@pytest.fixture
+def api(database: str, store: Store, tmp_path: Path, tmp_data: Path) -> Iterator[Api]:
+    """A server over three small models and an opened folder ``texts``, with a key."""
+    for name, config in (("encoder", ENCODER), ("classifier", CLASSIFIER), ("causal", CAUSAL)):
+        write_model(tmp_path / "roots" / name, config)
+    (tmp_path / "texts").mkdir()
+    settings = Settings(
+        DATABASE_URL=database,
+        BROKER_URL="redis://127.0.0.1:1/0",
+        data=tmp_data,
+        model_roots=(tmp_path / "roots",),
+        data_roots=(tmp_path / "texts",),
+        max_upload_bytes=1_000_000,
+    )
+    with running(settings, store) as api:
+        api.key_id, api.key = store.call(create_key, "tests")
+        yield api
+
+
+@pytest.fixture
+def fleet(store: Store) -> FakeFleet:
+    """Plays scheduler and workers."""
+    fleet = FakeFleet(store)
+    fleet.add_device()
+    return fleet
+
+
+@pytest.fixture
+def train_spec(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A training spec that is accepted, with changes."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        path = tmp_path / "texts" / "train.jsonl"
+        rows = [{"text": f"text {i}", "label": "ab"[i % 2]} for i in range(40)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return {
+            "kind": "train",
+            "task": "text-classification",
+            "model": "encoder",
+            "data": {"train": str(path)},
+            **changes,
+        }
+
+    return make
+
+
+@pytest.fixture
+def infer_spec() -> Callable[..., dict[str, Any]]:
+    """A batch job over ``rows`` inline rows, with changes."""
+
+    def make(rows: int = 20, **changes: Any) -> dict[str, Any]:
+        return {
+            "kind": "infer",
+            "task": "text-classification",
+            "model": "classifier",
+            "rows": [{"text": f"text {i}"} for i in range(rows)],
+            "shard_rows": 4,
+            **changes,
+        }
+
+    return make
 
 
 @pytest.fixture
