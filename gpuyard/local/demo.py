@@ -9,6 +9,7 @@ one's and shows their results at once.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections import Counter
@@ -18,21 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from gpuyard.cli import render
 from gpuyard.client import Client
 from gpuyard.connection import data_folder
 from gpuyard.local.demo_models import ENCODER, GENERATOR, Conversion, provide_encoder
 from gpuyard.local.stack import RunningStack, StackOptions, stack
-from shared.errors import ConfigurationError
+from shared.errors import ConfigurationError, IdempotencyMismatch
 from shared.lifecycle import JobState
 from shared.views import JobDetail
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-_TRIES = 20
 
 
 def run(data: Path | None = None, console: Console | None = None) -> None:
@@ -59,7 +59,7 @@ def run(data: Path | None = None, console: Console | None = None) -> None:
             running = stack(StackOptions(data=folder, devices=_devices()), join=True)
             service = running.__enter__()
         try:
-            console.print(f"[green]✓[/] the stack runs ({_seconds(began)}), data in {folder}")
+            _tick(console, f"the stack runs ({_seconds(began)}), data in {folder}")
             if provide_encoder(folder) is None:
                 raise ConfigurationError("the demo's models are not installed", hint="`make demo`")
             with console.status(f"unpacking {GENERATOR} (once)" if converts else "models"):
@@ -72,7 +72,8 @@ def run(data: Path | None = None, console: Console | None = None) -> None:
     finally:
         conversion.end()
     what = "nothing is left running" if service.process else "the stack goes on running"
-    console.print(f"\n[green]✓[/] done in {_seconds(began)}; {what}")
+    console.print()
+    _tick(console, f"done in {_seconds(began)}; {what}")
 
 
 def _show(client: Client, console: Console, service: RunningStack) -> None:
@@ -86,7 +87,7 @@ def _show(client: Client, console: Console, service: RunningStack) -> None:
 
     console.rule("1 · fine-tune MiniLM on 2,000 WordNet glosses, DDP on two devices", align="left")
     trained = _job(client, console, "train", training_spec(data))
-    console.print(f"  {trained.id}: {escape(_describe(trained))}")
+    console.print(f"  {trained.id}: {_describe(trained)}", soft_wrap=True)
 
     console.rule("2 · classify 600 held-out glosses with the model just trained", align="left")
     answers = _job(client, console, "classify", classification_spec(data, trained.id))
@@ -169,21 +170,30 @@ def _job(client: Client, console: Console, title: str, spec: Mapping[str, Any]) 
     Raises:
         JobFailed: it failed.
     """
-    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
-    for number in range(1, _TRIES + 1):
-        key = f"demo-{digest}-{number}"
-        job = client.submit(spec, idempotency_key=key, upload=True)
-        if job.state not in (JobState.FAILED, JobState.CANCELLED):
-            break  # new, or an earlier run's that is good or still going on
+    job = _submit_once(client, spec)
     if job.state is JobState.SUCCEEDED:
-        console.print(f"  [green]✓[/] {title}: done by an earlier run")
+        _tick(console, f"{title}: done by an earlier run")
         return job
     with _progress(console, title) as show:
         job = client.wait(job.id, on_progress=show)
     started = job.started_at or job.created_at
     took = ((job.finished_at or started) - job.created_at).total_seconds()
-    console.print(f"  [green]✓[/] {title}: {render.duration(took)}")
+    _tick(console, f"{title}: {render.duration(took)}")
     return job
+
+
+def _submit_once(client: Client, spec: Mapping[str, Any]) -> JobDetail:
+    """A new job, or an earlier run's that is good or still going on."""
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:20]
+    for number in itertools.count(1):
+        key = f"demo-{digest}-{number}"
+        try:
+            job = client.submit(spec, idempotency_key=key, upload=True)
+        except IdempotencyMismatch:
+            continue  # of another version of gpuyard, which understood the same spec differently
+        if job.state not in (JobState.FAILED, JobState.CANCELLED):
+            return job
+    raise AssertionError("the numbers do not end")
 
 
 @contextmanager
@@ -221,7 +231,7 @@ def accuracy_table(client: Client, heldout: Path, trained: str, untrained: str) 
     majority = Counter(labels).most_common(1)[0][1] / len(labels)
     table.add_row("majority class", f"{majority:.3f}")
     table.add_row("untrained head", f"{accuracy(client, untrained, labels):.3f}")
-    table.add_row("[bold]fine-tuned[/]", f"[bold]{accuracy(client, trained, labels):.3f}[/]")
+    table.add_row("fine-tuned", f"{accuracy(client, trained, labels):.3f}", style="bold")
     return table
 
 
@@ -243,7 +253,7 @@ def _print_answers(client: Client, console: Console, prompts: Path, job: JobDeta
         question = asked[row["row"]]
         text = question.get("prompt") or question["messages"][-1]["content"]
         answer = row["output"]["text"] if row["output"] else row["error"]["message"]
-        console.print(f"  [bold]{escape(text)}[/]\n    {escape(' '.join(answer.split()))}")
+        console.print(Text(f"  {text}", "bold"), Text(f"    {' '.join(answer.split())}"), sep="\n")
     console.print(f"  … {len(rows)} answers, {tokens} tokens")
 
 
@@ -270,10 +280,10 @@ def _print_whereabouts(
         ("API", f"{instance.url}/docs  (key in {instance.api_key_file})"),
         (
             "Flower",
-            f"{instance.flower_url}  (user {instance.flower_user}, password in "
+            f"{instance.flower_url or 'switched off'}  (user {instance.flower_user}, password in "
             f"{instance.flower_password_file})",
         ),
-        ("results", "  ".join(f"{prefix}gpuyard results {job.id}" for job in batches)),
+        *(("results", f"{prefix}gpuyard results {job.id}") for job in batches),
         ("checkpoint", str(data / checkpoints[0].path) if checkpoints else "none"),
         ("trained model", f"model: job:{trained.id} in a spec"),
         ("", str(data / model.path) if model is not None else ""),
@@ -284,7 +294,7 @@ def _print_whereabouts(
         ("logs", str(data / "logs")),
     ]
     for name, value in lines:
-        console.print(f"  [dim]{name:<16}[/]{escape(value)}", soft_wrap=True, highlight=False)
+        console.print(Text.assemble((f"  {name:<16}", "dim"), value), soft_wrap=True)
 
 
 def _devices() -> str:
@@ -296,6 +306,11 @@ def _devices() -> str:
 def _relative(path: Path) -> Path:
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _tick(console: Console, text: str) -> None:
+    # Text, not markup: the command line's console takes none, as names are other people's.
+    console.print(Text.assemble(("  ✓ ", "green"), text), soft_wrap=True)
 
 
 def _seconds(began: float) -> str:

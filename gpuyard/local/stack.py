@@ -29,6 +29,7 @@ from types import FrameType
 import httpx
 
 from gpuyard.connection import INSTANCE_FILE, data_folder
+from gpuyard.local.demo_models import provide_encoder
 from gpuyard.local.instance import Instance, read_instance
 from gpuyard.local.parts import Part, how_it_ended
 from gpuyard.local.processes import (
@@ -80,11 +81,12 @@ class Stack:
         self.data = options.data.expanduser().resolve()
         self.parts: dict[str, Part] = {}
         self.instance: Instance | None = None
-        self._say = say
+        self._say = _unbreakable(say)
         self._lock = FolderLock(self.data / "up.lock")
         self._postgres: PostgresServer | None = None
         self._valkey: ValkeyServer | None = None
         self._signals = 0
+        self._starting = False
 
     def start(self) -> Instance:
         """Start everything and wait until it answers.
@@ -97,14 +99,18 @@ class Stack:
         self._own_the_folder()
         deadline = time.monotonic() + START_SECONDS
         try:
+            self._starting = True
             environment = self._environment(self._start_servers())
             key_file = self._prepare_store(environment["DATABASE_URL"])
+            provide_encoder(self.data)
             self._start_parts(environment)
             key = key_file.read_text().strip()
             self._wait_for_answers(key, deadline)
             self.instance = self._describe(key, key_file)
             self.instance.write()
+            self._starting = False
         except BaseException:
+            self._starting = False
             self.stop()
             raise
         return self.instance
@@ -132,14 +138,14 @@ class Stack:
             time.sleep(0.1)
 
     def handle_signals(self) -> None:
-        """SIGTERM and Ctrl-C stop ``serve``; a second one shortens the drain."""
+        """SIGTERM, Ctrl-C and a closed terminal stop it; a second one shortens the drain."""
 
         def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - as signals call it
             self._signals += 1
-            if self.instance is None and self._signals == 1:
+            if self._starting and self._signals == 1:
                 raise KeyboardInterrupt
 
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, note)
 
     def stop(self) -> None:
@@ -354,14 +360,15 @@ def up(options: StackOptions, say: Say, ready: Callable[[Instance], None]) -> No
     stack = Stack(options, say)
     stack.handle_signals()
     try:
-        ready(stack.start())
+        instance = stack.start()
     except KeyboardInterrupt:
         return
     try:
+        ready(instance)
         stack.serve()
     finally:
         stack.stop()
-        say("stopped")
+        _unbreakable(say)("stopped")
 
 
 @dataclass(slots=True)
@@ -469,6 +476,16 @@ def host_name() -> str:
     """This machine's name as workers carry it: devices are ``cpu0@name``."""
     name = re.sub(r"[^A-Za-z0-9-]+", "-", socket.gethostname().partition(".")[0]).strip("-")
     return name[:60] or "local"
+
+
+def _unbreakable(say: Say) -> Say:
+    """A closed terminal must not keep anything from being stopped."""
+
+    def unbroken(line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            say(line)
+
+    return unbroken
 
 
 def _status(url: str) -> int:
