@@ -154,7 +154,10 @@ def check(spec: Mapping[str, Any], source: str | None) -> None:
     try:
         parse_spec(spec)
     except InvalidSpec as error:
-        hint = likely(spec.get("kind"), error.param) or error.hint
+        hint = error.hint
+        if "Did you mean" not in (hint or "") and (names := likely(spec.get("kind"), error.param)):
+            _, also, rest = (hint or "").partition("Also wrong:")
+            hint = f"{names} {also}{rest}".strip()
         if error.param == "kind" and "kind" not in spec:
             hint = "Give --train FILE to train, --input FILE to infer, a spec file, or --kind."
         place = f" (in {source})" if source else ""
