@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 
+from shared.capability import device_queue
 from tests.e2e.facts import (
     assert_devices_are_free,
     assert_nothing_stale_was_accepted,
     assert_rows_delivered_once,
 )
 from tests.e2e.faults import ENDS_ATTEMPTS, FAULTS
+from tests.e2e.inputs import ROWS
 from tests.e2e.processes import processes_of_job
 from tests.e2e.stack_process import StackProcess
 from tests.stack import eventually
@@ -43,7 +48,7 @@ def generation(prompts: Path) -> dict[str, Any]:
         "task": "text-generation",
         "model": "tinyllama",
         "input": str(prompts),
-        "generation": {"max_new_tokens": 48},
+        "generation": {"max_new_tokens": 100},
         "shard_rows": 20,
         "retry": {"backoff_seconds": 0.2},
     }
@@ -58,11 +63,10 @@ def test_jobs_survive(
     strike, client = FAULTS[fault], stack.client
     struck: list[str] = []
 
-    # The gang takes both devices, so the batch jobs wait when the first fault strikes.
-    trained = client.submit(training(labelled, epochs=10), upload=True)
-    batches = [client.submit(generation(prompts), upload=True) for _ in range(2)]
-
-    after_step = chance.randrange(30, 150)
+    # The gang takes both devices, so a batch job waits when the first fault strikes.
+    trained = client.submit(training(labelled, epochs=8), upload=True)
+    waiting = client.submit(generation(prompts), upload=True)
+    after_step = chance.randrange(30, 120)
     eventually(
         lambda: (p := client.job(trained.id).progress) is not None and p.step >= after_step,
         within=60,
@@ -70,31 +74,56 @@ def test_jobs_survive(
     )
     struck.append(strike(stack, trained.id, chance))
     client.wait(trained.id, timeout=120)
+    client.wait(waiting.id, timeout=120)
 
-    struck_job = batches[0].id
+    batch = client.submit(generation(prompts), upload=True)
     after_rows = chance.randrange(20, 200)
     eventually(
-        lambda: (client.job(struck_job).rows_done or 0) >= after_rows,
+        lambda: (client.job(batch.id).rows_done or 0) >= after_rows,
         within=60,
         what=f"row {after_rows} of the batch job",
     )
-    struck.append(strike(stack, struck_job, chance))
-    for batch in batches:
-        client.wait(batch.id, timeout=120)
+    struck.append(strike(stack, batch.id, chance))
+    client.wait(batch.id, timeout=120)
 
     assert len(struck) == 2
     if fault in ENDS_ATTEMPTS:
         assert len(client.job(trained.id).attempts) >= 2, struck
-        assert len(client.job(struck_job).attempts) >= 2, struck
+        assert len(client.job(batch.id).attempts) >= 2, struck
         resumed = client.job(trained.id).summary or {}
         assert resumed["resumed_from"] is not None, "it began anew instead of from a checkpoint"
-    for job in (trained, *batches):
+    for job in (trained, waiting, batch):
         assert_nothing_stale_was_accepted(stack.store, job.id)
         eventually(
             lambda job=job: not processes_of_job(stack.data, job.id),
             within=10,
             what=f"the processes of {job.id} to be gone",
         )
-    for batch in batches:
-        assert_rows_delivered_once(client, batch.id, [f"p{i}" for i in range(600)])
+    for job in (waiting, batch):
+        assert_rows_delivered_once(client, job.id, [f"p{i}" for i in range(ROWS)])
     assert_devices_are_free(stack.store)
+
+
+def test_hints_that_the_broker_lost_are_sent_again(
+    stack: StackProcess, labelled: dict[str, Path], prompts: Path
+) -> None:
+    """The workers are dead when the hints arrive, and the broker is emptied before new ones start.
+
+    Stopped workers would not do: what the broker hands to a client that sleeps is not in a list.
+    """
+    client = stack.client
+    devices = [device.id for device in client.devices()]
+    for worker in client.workers():
+        if worker.ended_at is None:
+            os.kill(worker.pid, signal.SIGKILL)
+    trained = client.submit(training(labelled, epochs=1), upload=True)
+    with redis.Redis.from_url(stack.setting("BROKER_URL")) as broker:
+        eventually(
+            lambda: any(broker.llen(device_queue(device)) for device in devices),
+            within=10,
+            what="a hint that nobody took",
+        )
+        broker.flushall()
+    ended = client.wait(trained.id, timeout=60)
+    assert len(ended.attempts) == 1, "the same attempt, with its hints sent again"
+    assert_nothing_stale_was_accepted(stack.store, trained.id)

@@ -16,6 +16,7 @@ from tests.e2e.facts import (
     assert_rows_delivered_once,
 )
 from tests.e2e.flower import flower, flower_tasks
+from tests.e2e.inputs import ROWS
 from tests.e2e.stack_process import StackProcess
 from tests.e2e.test_faults import generation, training
 from tests.stack import eventually
@@ -170,6 +171,6 @@ def test_results_can_be_read_while_the_job_runs(stack: StackProcess, prompts: Pa
         lambda: [r["row"] for r in stack.client.rows(job.id)], within=60, what="first results"
     )
     assert stack.client.job(job.id).state is JobState.RUNNING
-    assert len(partial) < 600
+    assert len(partial) < ROWS
     followed = [r["row"] for r in stack.client.rows(job.id, follow=True)]
-    assert followed == list(range(600))
+    assert followed == list(range(ROWS))
