@@ -7,15 +7,18 @@ checked by ``scheduler/submission``.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+import difflib
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from shared.errors import InvalidSpec
+from shared.explain import describe, explain
 
 
 class Strict(BaseModel):
-    """Refuses unknown fields and never turns a string into a number by itself."""
+    """Refuses unknown fields. A number may come as a string: YAML reads ``1e-4`` as one."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -157,6 +160,13 @@ class TrainSpec(_Job):
                 f"hyperparameters.batch_size {batch} is the global batch and does not divide "
                 f"evenly over resources.devices {ranks}"
             )
+        share, micro = batch // ranks, self.hyperparameters.micro_batch_size
+        # One above a rank's share is cut to it, so that a spec also runs on more devices.
+        if micro is not None and micro < share and share % micro:
+            raise ValueError(
+                f"hyperparameters.batch_size {batch} over resources.devices {ranks} is {share} for "
+                f"each rank, which is no multiple of hyperparameters.micro_batch_size {micro}"
+            )
         if self.hyperparameters.precision == "fp32" and "bf16" in self.resources.features:
             raise ValueError("precision 'fp32' and the required feature 'bf16' contradict")
         return self
@@ -232,6 +242,10 @@ def parse_spec(data: Any) -> TrainSpec | InferSpec:
     Raises:
         InvalidSpec: names the field (``param``), what is wrong with it and what is allowed.
     """
+    if not isinstance(data, dict):
+        raise InvalidSpec(
+            f"a spec is an object, not {describe(data)}", hint="See /docs for examples."
+        )
     try:
         return _ADAPTER.validate_python(data)
     except ValidationError as error:
@@ -239,24 +253,39 @@ def parse_spec(data: Any) -> TrainSpec | InferSpec:
 
 
 def _first_problem(error: ValidationError) -> InvalidSpec:
-    problems = error.errors(include_url=False)
-    first = problems[0]
-    where = [str(part) for part in first["loc"] if part not in ("train", "infer")]
-    # `data.train` is a field as well as a tag of the union: keep it where it is one.
-    if len(first["loc"]) > 1 and first["loc"][0] in ("train", "infer"):
-        where = [str(part) for part in first["loc"][1:]]
-    param = ".".join(where) or None
-    message = first["msg"].removeprefix("Value error, ")
+    first, *others = error.errors(include_url=False)
+    param = _field(first["loc"])
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return InvalidSpec("kind must be 'train' or 'infer'", param="kind")
     hint = None
+    message = explain(first, param or "the spec")
     if first["type"] == "extra_forbidden":
-        message, hint = f"unknown field '{param}'", "Check the spelling; see /docs for the fields."
-    elif first["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        param, message = "kind", "kind must be 'train' or 'infer'"
-    elif first["type"] == "literal_error":
-        message = f"{param} must be {first['ctx']['expected']}, not {first['input']!r}"
-    elif param is not None and first["type"] != "value_error":
-        message = f"{param}: {message}"
-    if len(problems) > 1:
-        rest = sorted({".".join(map(str, p["loc"][1:])) or "spec" for p in problems[1:]})
+        message = f"unknown field '{param}'"
+        meant = _meant(str(first["loc"][0]), str(first["loc"][-1]))
+        hint = f"Did you mean '{meant}'?" if meant else "See /docs for the fields."
+    if others:
+        rest = sorted({_field(problem["loc"]) or "spec" for problem in others})
         hint = f"{hint or ''} Also wrong: {', '.join(rest)}.".strip()
     return InvalidSpec(message, param=param, hint=hint)
+
+
+def _field(place: tuple[int | str, ...]) -> str | None:
+    """The field with dots; a place begins with the tag of the union, which is no field."""
+    return ".".join(map(str, place[1:])) or None
+
+
+def _meant(kind: str, name: str) -> str | None:
+    """The field whose own name is most like ``name``, wherever in the spec it belongs."""
+    fields = {f.rpartition(".")[2]: f for f in _fields(TrainSpec if kind == "train" else InferSpec)}
+    close = difflib.get_close_matches(name, fields, n=1, cutoff=0.75)
+    return fields[close[0]] if close else None
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every field, the outer ones last, so that they count where names are equal."""
+    for name, field in model.model_fields.items():
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from _fields(inner, f"{prefix}{name}.")
+    for name in model.model_fields:
+        yield prefix + name

@@ -8,12 +8,13 @@ from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.openapi.utils import get_openapi
+from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import RedirectResponse
 
 from scheduler.api import artifacts, examples, files, fleet, health, jobs, results
 from scheduler.api.auth import require_key
 from scheduler.api.context import Context
+from scheduler.api.documentation import ASSETS, install_documentation
 from scheduler.api.errors import install_error_handlers, responses
 from scheduler.api.keys import KeyCache
 from scheduler.api.requests import RequestContext
@@ -53,7 +54,11 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
         finally:
             context.wakeups.close()
 
-    app = FastAPI(
+    # The pages that come with it load scripts from a CDN: ours replaces them.
+    app = FastAPIOffline(
+        docs_url=None,
+        redoc_url=None,
+        static_url=ASSETS,
         title="gpuyard",
         version=health.service_version(),
         description=_DESCRIPTION,
@@ -69,15 +74,11 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
         v1.include_router(part.router)
     app.include_router(v1)
     app.include_router(health.router)
-    app.add_api_route("/", _to_docs, include_in_schema=False)
+    install_documentation(app)
     app.add_middleware(RequestContext)
     install_error_handlers(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
-
-
-def _to_docs() -> RedirectResponse:
-    return RedirectResponse("/docs")
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

@@ -21,8 +21,9 @@ class Caller:
 
 _bearer = HTTPBearer(
     auto_error=False,
-    scheme_name="API key",
-    description="A key made by `python -m scheduler keys create --name NAME`.",
+    scheme_name="api_key",
+    description="A key made by `python -m scheduler keys create --name NAME`; that of `gpuyard up` is "
+    "in `secrets/api-key` of its data folder.",
 )
 
 
@@ -48,7 +49,8 @@ def require_key(
     if key_id is None:
         raise AuthenticationFailed(
             "the API key is unknown or revoked",
-            hint="Make one with `python -m scheduler keys create --name NAME`.",
+            hint="Make one with `python -m scheduler keys create --name NAME`; that of `gpuyard up` "
+            "is in the file it names at its start.",
         )
     return Caller(key_id)
 

@@ -25,7 +25,8 @@ async def read_json(request: Request) -> Any:
         InvalidRequest: ``invalid_json``: says where it breaks off.
         PayloadTooLarge: over 64 MiB. UploadIncomplete: the client went away.
     """
-    parts = [chunk async for chunk in read_body(request, MAX_JSON, "the spec")]
+    hint = "Upload the rows (POST /v1/files) and name the file as the spec's input."
+    parts = [chunk async for chunk in read_body(request, MAX_JSON, "the spec", hint)]
     return await run_in_threadpool(_parse, b"".join(parts))
 
 
@@ -55,8 +56,8 @@ def _refuse(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-async def read_body(request: Request, limit: int, what: str) -> AsyncIterator[bytes]:
-    """The body, piece by piece.
+async def read_body(request: Request, limit: int, what: str, hint: str) -> AsyncIterator[bytes]:
+    """The body, piece by piece; ``hint`` is for one that is too large.
 
     Raises:
         PayloadTooLarge: it is longer than ``limit`` bytes, or says so before it is read.
@@ -64,8 +65,7 @@ async def read_body(request: Request, limit: int, what: str) -> AsyncIterator[by
     """
     announced = request.headers.get("content-length", "")
     too_large = PayloadTooLarge(
-        f"{what} is larger than the {limit} bytes that the service takes",
-        hint="Split it, or let the operator raise GPUYARD_MAX_UPLOAD_BYTES.",
+        f"{what} is larger than the {limit} bytes that the service takes", hint=hint
     )
     if announced.isascii() and announced.isdigit() and int(announced) > limit:
         # A client that asks before it sends (Expect: 100-continue) need not send at all.

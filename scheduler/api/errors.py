@@ -13,8 +13,19 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
-from shared.errors import GpuyardError, Unavailable
-from shared.views import ErrorEnvelope
+from shared.errors import (
+    AuthenticationFailed,
+    GpuyardError,
+    IdempotencyMismatch,
+    InvalidRequest,
+    NotFound,
+    PathNotAllowed,
+    PayloadTooLarge,
+    Unavailable,
+    UploadIncomplete,
+)
+from shared.explain import explain
+from shared.views import ErrorBody, ErrorEnvelope
 
 log = logging.getLogger("gpuyard.api")
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
@@ -58,22 +69,64 @@ def install_error_handlers(app: FastAPI) -> None:
 
 
 def responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The documented error answers of a route."""
-    return {
-        status: {"model": ErrorEnvelope, "description": _MEANINGS[status]} for status in statuses
-    }
+    """The documented error answers of a route, each with an example."""
+    return {status: _response(status) for status in statuses}
 
 
-_MEANINGS = {
-    400: "The body did not arrive whole.",
-    401: "The API key is missing, wrong or revoked.",
-    403: "A path outside the folders that jobs may read.",
-    404: "There is no such thing.",
-    409: "The state of the thing, or the idempotency key, does not admit it.",
-    413: "The body is larger than the service takes.",
-    422: "The request can never work as it stands; `param` names what to change.",
-    503: "Postgres cannot be reached right now; the same request may work later.",
+_MEANINGS: dict[int, tuple[str, GpuyardError]] = {
+    400: (
+        "The body did not arrive whole.",
+        UploadIncomplete("the connection ended after 500 bytes of the file; nothing was kept"),
+    ),
+    401: (
+        "The API key is missing, wrong or revoked.",
+        AuthenticationFailed("the API key is unknown or revoked"),
+    ),
+    403: (
+        "A path outside the folders that jobs may read.",
+        PathNotAllowed(
+            "data.train: '/etc/passwd' lies outside the folders that jobs may read",
+            param="data.train",
+            hint="Upload the file, or let the operator open its folder.",
+        ),
+    ),
+    404: (
+        "There is no such thing.",
+        NotFound("there is no such job", param="job_id", hint="`gpuyard jobs` lists them."),
+    ),
+    409: (
+        "The state of the thing, or the idempotency key, does not admit it.",
+        IdempotencyMismatch("this idempotency key came with another spec before"),
+    ),
+    413: (
+        "The body is larger than the service takes.",
+        PayloadTooLarge("the file is larger than the 2147483648 bytes that the service takes"),
+    ),
+    422: (
+        "The request can never work as it stands; `param` names what to change.",
+        InvalidRequest("limit must be at most 500, not 9999", param="limit"),
+    ),
+    503: (
+        "Postgres cannot be reached right now; the same request may work later.",
+        Unavailable("the job store cannot be reached", hint="Try again in a moment."),
+    ),
 }
+
+
+def _response(status: int) -> dict[str, Any]:
+    description, error = _MEANINGS[status]
+    example = ErrorBody(
+        code=error.code,
+        message=error.message,
+        param=error.param,
+        hint=error.hint,
+        request_id="req_a8ae82f2024de8bc",
+    )
+    return {
+        "model": ErrorEnvelope,
+        "description": description,
+        "content": {"application/json": {"example": {"error": example.model_dump()}}},
+    }
 
 
 async def _on_gpuyard_error(_: Request, error: Exception) -> JSONResponse:
@@ -84,10 +137,11 @@ async def _on_gpuyard_error(_: Request, error: Exception) -> JSONResponse:
 async def _on_invalid_request(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)  # noqa: S101
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"][1:]]
-    param = ".".join(where) or None
-    message = f"{param}: {first['msg']}" if param else str(first["msg"])
-    return envelope(422, "invalid_request", message, param=param)
+    if first["type"] == "json_invalid":
+        return envelope(422, "invalid_json", f"the body is no JSON: {first['ctx']['error']}")
+    # An item of a repeated parameter goes by the parameter's name.
+    param = ".".join(part for part in first["loc"][1:] if isinstance(part, str)) or None
+    return envelope(422, "invalid_request", explain(first, param or "the body"), param=param)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> JSONResponse:

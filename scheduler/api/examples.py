@@ -1,10 +1,10 @@
-"""Bodies that the documentation shows; a test submits the specs."""
+"""Bodies that the documentation shows; a test holds them to the types."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from shared.specs import InferSpec, TrainSpec
+from shared.specs import InferSpec, TrainSpec, parse_spec
 
 TRAIN: dict[str, Any] = {
     "kind": "train",
@@ -28,6 +28,62 @@ GENERATE: dict[str, Any] = {
     "rows": [{"prompt": "The capital of France is"}],
     "generation": {"max_new_tokens": 20},
 }
+JOB: dict[str, Any] = {
+    "id": "job_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
+    "kind": "train",
+    "task": "text-classification",
+    "name": "topics",
+    "model": "minilm",
+    "state": "running",
+    "priority": 0,
+    "waiting_reason": None,
+    "progress": {
+        "step": 120,
+        "total_steps": 330,
+        "epoch": 1.09,
+        "loss": 0.71,
+        "learning_rate": 3.5e-5,
+        "examples_per_second": 96.0,
+        "tokens_per_second": 2300.0,
+        "eta_seconds": 70.0,
+        "attempt": 1,
+    },
+    "failure": None,
+    "summary": None,
+    "created_at": "2026-01-05T09:29:55Z",
+    "started_at": "2026-01-05T09:30:00Z",
+    "finished_at": None,
+    "spec": parse_spec(TRAIN).model_dump(mode="json"),
+    "requirements": {
+        "devices": 2,
+        "accelerator": "auto",
+        "memory_bytes": 1_073_741_824,
+        "memory_is_estimate": True,
+        "compute_capability": 0,
+        "features": [],
+    },
+    "attempts": [
+        {
+            "id": "att_01JD2V5P3C6M8X1F0S5HA9KRTW",
+            "number": 1,
+            "token": 17,
+            "state": "running",
+            "world_size": 2,
+            "ranks": [
+                {"rank": 0, "device_id": "gpu0@host", "state": "held"},
+                {"rank": 1, "device_id": "gpu1@host", "state": "held"},
+            ],
+            "failure": None,
+            "created_at": "2026-01-05T09:29:56Z",
+            "started_at": "2026-01-05T09:30:00Z",
+            "finished_at": None,
+        }
+    ],
+    "rows_total": None,
+    "rows_done": None,
+    "row_errors": None,
+}
+JOB_ANSWER: dict[str, Any] = {"content": {"application/json": {"example": JOB}}}
 JOB_BODY: dict[str, Any] = {
     "required": True,
     "content": {

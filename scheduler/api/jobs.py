@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Header, Query, Request, Response
 from sqlmodel import Session
@@ -28,6 +28,9 @@ from shared.views import EventView, JobDetail, JobView, LogView, MetricView, Pag
 router = APIRouter(tags=["jobs"])
 After = Annotated[int | None, Query(ge=0, lt=2**63, description="Only what has a higher id.")]
 Follow = Annotated[bool, Query(description="Wait for more until the job is over.")]
+Format = Annotated[
+    Literal["sse", "json"], Query(description="`json`: a plain list of what there is now.")
+]
 LastEventId = Annotated[
     str | None, Header(description="What browsers and SSE clients send when they reconnect.")
 ]
@@ -40,7 +43,12 @@ _SSE = {"text/event-stream": {"example": examples.EVENT_STREAM}}
     response_model=JobDetail,
     summary="Submit a job",
     responses={
-        200: {"model": JobDetail, "description": "The idempotency key was used: its job."},
+        201: {"description": "Accepted.", **examples.JOB_ANSWER},
+        200: {
+            "model": JobDetail,
+            "description": "The idempotency key was used: its job.",
+            **examples.JOB_ANSWER,
+        },
         **responses(400, 403, 409, 413),
     },
     openapi_extra={"requestBody": examples.JOB_BODY},
@@ -72,7 +80,7 @@ async def create_job(
 def list_jobs(
     context: ContextDep,
     state: Annotated[list[JobState] | None, Query(description="May be given repeatedly.")] = None,
-    kind: Annotated[str | None, Query(pattern="^(train|infer)$")] = None,
+    kind: Literal["train", "infer"] | None = None,
     name: Text = None,
     cursor: Cursor = None,
     limit: Limit = 50,
@@ -90,13 +98,21 @@ def list_jobs(
     return Page(items=[job_view(job) for job in page], next=following)
 
 
-@router.get("/jobs/{job_id}", summary="Look at a job", responses=responses(404))
+@router.get(
+    "/jobs/{job_id}",
+    summary="Look at a job",
+    responses={200: examples.JOB_ANSWER, **responses(404)},
+)
 def get_job(job_id: JobId, context: ContextDep) -> JobDetail:
     """With its spec, its attempts, and why it waits or failed."""
     return context.store.call(_detail, job_id)
 
 
-@router.post("/jobs/{job_id}/cancel", summary="Cancel a job", responses=responses(404))
+@router.post(
+    "/jobs/{job_id}/cancel",
+    summary="Cancel a job",
+    responses={200: examples.JOB_ANSWER, **responses(404)},
+)
 def cancel(
     job_id: JobId,
     context: ContextDep,
@@ -128,7 +144,7 @@ async def get_events(
     progress: Annotated[
         bool, Query(description="Also send `progress` whenever it changed; these have no id.")
     ] = False,
-    format: Annotated[str, Query(pattern="^(sse|json)$")] = "sse",
+    format: Format = "sse",
     last_event_id: LastEventId = None,
 ) -> Any:
     """Server-sent events: `event` with an id for each, and `end` once the job is over and everything
@@ -159,7 +175,7 @@ async def get_logs(
     after: After = None,
     follow: Follow = True,
     rank: Annotated[int | None, Query(ge=0, le=100_000, description="Only this rank.")] = None,
-    format: Annotated[str, Query(pattern="^(sse|json)$")] = "sse",
+    format: Format = "sse",
     last_event_id: LastEventId = None,
 ) -> Any:
     """As events, with `log` in place of `event`; each carries a piece of text, not a line."""
@@ -181,7 +197,7 @@ async def get_logs(
 def get_metrics(
     job_id: JobId,
     context: ContextDep,
-    split: Annotated[str | None, Query(pattern="^(train|validation)$")] = None,
+    split: Literal["train", "validation"] | None = None,
 ) -> Page[MetricView]:
     """In the order of steps, all of them."""
     context.store.call(find_job, job_id)

@@ -29,6 +29,7 @@ from shared.settings import Settings
 _BLOCK = 1024 * 1024
 _MULTIPART_OVERHEAD = 64 * 1024
 _MAX_NAME = 255
+_TOO_LARGE = "Split it, or let the operator raise GPUYARD_MAX_UPLOAD_BYTES."
 ABANDONED_AFTER = 3600.0
 
 
@@ -66,15 +67,18 @@ async def receive_file(request: Request, settings: Settings, name: str | None) -
     writer = await run_in_threadpool(_Writer.create, settings.data / FILES, id)
     try:
         if form is None:
-            async for chunk in read_body(request, limit, "the file"):
+            async for chunk in read_body(request, limit, "the file", _TOO_LARGE):
                 await writer.write(chunk)
         else:
             async for chunk in form.file(
-                read_body(request, limit + _MULTIPART_OVERHEAD, "the form")
+                read_body(request, limit + _MULTIPART_OVERHEAD, "the form", _TOO_LARGE)
             ):
                 await writer.write(chunk)
                 if writer.size > limit:
-                    raise PayloadTooLarge(f"the file is larger than the {limit} bytes allowed")
+                    raise PayloadTooLarge(
+                        f"the file is larger than the {limit} bytes that the service takes",
+                        hint=_TOO_LARGE,
+                    )
         sha256 = await writer.digest()
         if wanted is not None and wanted.lower() != sha256:
             raise UploadIncomplete(

@@ -1,25 +1,30 @@
-"""A real server on a real port over a real Postgres, one per test."""
+"""A real server on a real port over a real Postgres: one per module, emptied for every test."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import text
+from sqlmodel import Session
 
 from scheduler.api import create_app
 from scheduler.api.server import ApiServer, make_server
 from shared.settings import Settings
 from shared.store import Store
 from shared.store.keys import create_key
+from shared.tables import Table
 from tests.api.fake_worker import FakeFleet
 from tests.api.model_folders import CAUSAL, CLASSIFIER, ENCODER, write_model
 
@@ -77,46 +82,83 @@ def running(settings: Settings, store: Store) -> Iterator[Api]:
             assert not thread.is_alive(), "the server did not shut down"
 
 
-@pytest.fixture
-def make_settings(tmp_path: Path, tmp_data: Path) -> Callable[..., Settings]:
-    """Settings over three small models (encoder, classifier, causal) and a folder of data files."""
-    roots = tmp_path / "roots"
-    write_model(roots / "encoder", ENCODER)
-    write_model(roots / "classifier", CLASSIFIER)
-    write_model(roots / "causal", CAUSAL)
-    (tmp_path / "texts").mkdir()
-
-    def make(database: str, broker: str = "redis://127.0.0.1:1/0", **more: Any) -> Settings:
-        values = {
-            "DATABASE_URL": database,
-            "BROKER_URL": broker,
-            "data": tmp_data,
-            "model_roots": (roots,),
-            "data_roots": (tmp_path / "texts",),
-            **more,
-        }
-        return Settings(**values)
-
-    return make
+@pytest.fixture(scope="module")
+def module_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("api")
 
 
 @pytest.fixture
-def settings(database: str, make_settings: Callable[..., Settings]) -> Settings:
-    return make_settings(database, max_upload_bytes=1_000_000)
+def place(module_place: Path) -> Path:
+    """The folder of a test: ``roots`` with three small models, empty ``texts`` (opened to specs),
+    and an empty ``data`` folder."""
+    for name in ("roots", "texts", "data"):
+        shutil.rmtree(module_place / name, ignore_errors=True)
+        (module_place / name).mkdir()
+    write_model(module_place / "roots" / "encoder", ENCODER)
+    write_model(module_place / "roots" / "classifier", CLASSIFIER)
+    write_model(module_place / "roots" / "causal", CAUSAL)
+    return module_place
+
+
+def settings_for(
+    place: Path, database: str, broker: str = "redis://127.0.0.1:1/0", **more: Any
+) -> Settings:
+    values = {
+        "DATABASE_URL": database,
+        "BROKER_URL": broker,
+        "data": place / "data",
+        "model_roots": (place / "roots",),
+        "data_roots": (place / "texts",),
+        **more,
+    }
+    return Settings(**values)
 
 
 @pytest.fixture
-def store(database: str) -> Iterator[Store]:
-    store = Store(database)
-    yield store
+def make_settings(place: Path) -> Callable[..., Settings]:
+    """Settings over the test's folder, of a database of its own or of the module's."""
+    return partial(settings_for, place)
+
+
+@pytest.fixture(scope="module")
+def module_api(new_database: Callable[[], str], module_place: Path) -> Iterator[Api]:
+    """One server for the tests of a module; ``api`` is what a test takes."""
+    settings = settings_for(module_place, new_database(), max_upload_bytes=1_000_000)
+    store = Store(settings.database_url)
+    with running(settings, store) as api:
+        yield api
     store.close()
 
 
 @pytest.fixture
-def api(settings: Settings, store: Store) -> Iterator[Api]:
-    with running(settings, store) as api:
-        api.key_id, api.key = store.call(create_key, "tests")
-        yield api
+def store(module_api: Api) -> Store:
+    """The module's store, emptied."""
+
+    def empty(session: Session) -> None:
+        tables = ", ".join(table.name for table in Table.metadata.sorted_tables)
+        session.connection().execute(text(f"TRUNCATE {tables}"))
+
+    module_api.store.call(empty)
+    return module_api.store
+
+
+@pytest.fixture
+def database(store: Store) -> str:
+    """URL of the module's database, emptied."""
+    return store.url
+
+
+@pytest.fixture
+def settings(module_api: Api, place: Path) -> Settings:
+    """Those of the module's server; the folders are as new."""
+    return module_api.settings
+
+
+@pytest.fixture
+def api(module_api: Api, store: Store, settings: Settings) -> Api:
+    """The module's server as new: an empty store, empty folders, and one fresh key."""
+    key_id, key = store.call(create_key, "tests")
+    return replace(module_api, key_id=key_id, key=key)
 
 
 @pytest.fixture
@@ -133,11 +175,11 @@ def fleet(store: Store) -> FakeFleet:
 
 
 @pytest.fixture
-def texts(tmp_path: Path) -> Callable[..., Path]:
+def texts(place: Path) -> Callable[..., Path]:
     """Writes a file into the opened data folder: rows as JSONL, or raw bytes."""
 
     def write(name: str, rows: list[Any] | bytes) -> Path:
-        path = tmp_path / "texts" / name
+        path = place / "texts" / name
         if isinstance(rows, bytes):
             path.write_bytes(rows)
         else:

@@ -44,6 +44,7 @@ def refused(
         ({"hyperparameters": {"warmup_ratio": 0.1, "warmup_steps": 5}}, "hyperparameters"),
         ({"hyperparameters": {"batch_size": 8, "micro_batch_size": 16}}, "hyperparameters"),
         ({"hyperparameters": {"epochs": 0}}, "hyperparameters.epochs"),
+        ({"hyperparameters": {"batch_size": 32, "micro_batch_size": 5}}, None),
         ({"resources": {"devices": 3}}, None),
         ({"resources": {"accelerator": "cpu", "min_compute_capability": 8}}, "resources"),
         ({"name": "nul\0"}, "name"),
@@ -54,6 +55,60 @@ def test_specs_that_contradict_themselves(
     client: httpx.Client, train_spec: Spec, changes: dict[str, Any], param: str | None
 ) -> None:
     refused(client, train_spec(**changes), "invalid_spec", param=param)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says", "hint"),
+    [
+        (
+            {"hyperparameters": {"epochs": 0}},
+            "hyperparameters.epochs must be at least 1, not 0",
+            "",
+        ),
+        (
+            {"hyperparameters": {"batch_size": "big"}},
+            "hyperparameters.batch_size must be a whole number, not 'big'",
+            "",
+        ),
+        ({"data": "train.jsonl"}, "data must be an object, not 'train.jsonl'", ""),
+        ({"model": None}, "model must be a string, not null", ""),
+        ({"priority": 101, "extra": 1}, "priority must be at most 100, not 101", "wrong: extra"),
+        (
+            {"hyperparameters": {"learning_rat": 1}},
+            "unknown field 'hyperparameters.learning_rat'",
+            "Did you mean 'hyperparameters.learning_rate'?",
+        ),
+        (
+            {"learning_rate": 1},
+            "unknown field 'learning_rate'",
+            "Did you mean 'hyperparameters.learning_rate'?",
+        ),
+        ({"zzz": 1}, "unknown field 'zzz'", "See /docs"),
+        (
+            {
+                "hyperparameters": {"batch_size": 32, "micro_batch_size": 6},
+                "resources": {"devices": 2},
+            },
+            "hyperparameters.batch_size 32 over resources.devices 2 is 16 for each rank, "
+            "which is no multiple of hyperparameters.micro_batch_size 6",
+            "",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_in_words(
+    client: httpx.Client, train_spec: Spec, changes: dict[str, Any], says: str, hint: str
+) -> None:
+    answer = client.post("/v1/jobs", json=train_spec(**changes))
+    error = error_of(answer, 422, "invalid_spec")
+    assert error["message"] == says
+    assert hint in (error["hint"] or "")
+
+
+def test_a_micro_batch_above_the_share_of_a_rank_is_fine(
+    client: httpx.Client, train_spec: Spec
+) -> None:
+    batches = {"batch_size": 32, "micro_batch_size": 24}
+    submit(client, train_spec(hyperparameters=batches, resources={"devices": 2}))
 
 
 def test_a_number_that_json_has_and_postgres_has_not(
@@ -70,7 +125,8 @@ def test_a_body_that_is_no_json(client: httpx.Client, body: bytes) -> None:
 
 @pytest.mark.parametrize("body", [[], None, "train", 7])
 def test_json_that_is_no_spec(client: httpx.Client, body: Any) -> None:
-    error_of(client.post("/v1/jobs", content=json.dumps(body)), 422, "invalid_spec")
+    error = error_of(client.post("/v1/jobs", content=json.dumps(body)), 422, "invalid_spec")
+    assert error["message"].startswith("a spec is an object, not ")
 
 
 # --- models -----------------------------------------------------------------------------------
@@ -89,17 +145,17 @@ def test_a_model_outside_the_roots(client: httpx.Client, train_spec: Spec, model
 
 
 def test_a_link_out_of_the_model_root_is_not_followed(
-    client: httpx.Client, train_spec: Spec, tmp_path: Path
+    client: httpx.Client, train_spec: Spec, place: Path
 ) -> None:
-    write_model(tmp_path / "elsewhere", ENCODER)
-    (tmp_path / "roots" / "linked").symlink_to(tmp_path / "elsewhere")
+    write_model(place / "elsewhere", ENCODER)
+    (place / "roots" / "linked").symlink_to(place / "elsewhere")
     refused(client, train_spec(model="linked"), "path_not_allowed", param="model", status=403)
 
 
 def test_an_absolute_path_below_a_root_is_fine(
-    client: httpx.Client, train_spec: Spec, tmp_path: Path
+    client: httpx.Client, train_spec: Spec, place: Path
 ) -> None:
-    submit(client, train_spec(model=str(tmp_path / "roots" / "encoder")))
+    submit(client, train_spec(model=str(place / "roots" / "encoder")))
 
 
 def test_models_that_cannot_do_the_task(
@@ -118,9 +174,9 @@ def test_models_that_cannot_do_the_task(
 
 
 def test_model_folders_that_are_not_whole(
-    client: httpx.Client, train_spec: Spec, tmp_path: Path
+    client: httpx.Client, train_spec: Spec, place: Path
 ) -> None:
-    roots = tmp_path / "roots"
+    roots = place / "roots"
 
     def broken(name: str) -> Path:
         return write_model(roots / name, ENCODER)
@@ -156,7 +212,7 @@ def test_model_folders_that_are_not_whole(
 
 def test_the_model_of_a_job(
     client: httpx.Client, fleet: FakeFleet, settings: Settings, train_spec: Spec, infer_spec: Spec,
-    tmp_path: Path,
+    place: Path,
 ) -> None:  # fmt: skip
     training = submit(client, train_spec())["id"]
     spec = infer_spec(model=f"job:{training}")
@@ -169,7 +225,7 @@ def test_the_model_of_a_job(
     assert "no job" in says("job:odd", "model_not_found")
     assert "no job" in says("job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM", "model_not_found")
     (holder,) = fleet.start(training)
-    made = write_model(tmp_path / "made", CLASSIFIER)
+    made = write_model(place / "made", CLASSIFIER)
     for file in made.iterdir():
         fleet.publish(holder, settings.data, f"model/{file.name}", file.read_bytes())
     assert "is running" in says(f"job:{training}", "model_not_found")
@@ -264,12 +320,12 @@ def test_files_outside_the_roots(client: httpx.Client, train_spec: Spec, path: s
 
 
 def test_ways_around_the_roots(
-    client: httpx.Client, train_spec: Spec, infer_spec: Spec, texts: Any, tmp_path: Path
+    client: httpx.Client, train_spec: Spec, infer_spec: Spec, texts: Any, place: Path
 ) -> None:
-    secret = tmp_path / "secret.jsonl"
+    secret = place / "secret.jsonl"
     secret.write_text('{"text": "x", "label": "a"}\n')
-    (tmp_path / "texts" / "linked.jsonl").symlink_to(secret)
-    for path in (tmp_path / "texts" / "linked.jsonl", tmp_path / "texts" / ".." / "secret.jsonl"):
+    (place / "texts" / "linked.jsonl").symlink_to(secret)
+    for path in (place / "texts" / "linked.jsonl", place / "texts" / ".." / "secret.jsonl"):
         spec = train_spec(data={"train": str(path)})
         refused(client, spec, "path_not_allowed", param="data.train", status=403)
         spec = {**infer_spec(), "rows": None, "input": str(path)}
@@ -287,10 +343,10 @@ def test_ways_around_the_roots(
     ],
 )
 def test_files_that_are_not_there(
-    client: httpx.Client, train_spec: Spec, tmp_path: Path, path: str, says: str
+    client: httpx.Client, train_spec: Spec, place: Path, path: str, says: str
 ) -> None:
-    (tmp_path / "texts" / "folder").mkdir()
-    spec = train_spec(data={"train": path.replace("{texts}", str(tmp_path / "texts"))})
+    (place / "texts" / "folder").mkdir()
+    spec = train_spec(data={"train": path.replace("{texts}", str(place / "texts"))})
     assert says in refused(client, spec, "data_error", param="data.train")["message"]
 
 
@@ -306,10 +362,8 @@ def test_rows_of_a_batch_job_may_be_bad_but_there_must_be_some(
     assert submit(client, odd)["rows_total"] == 3
 
 
-def test_one_endless_line_is_no_jsonl(
-    client: httpx.Client, infer_spec: Spec, tmp_path: Path
-) -> None:
-    path = tmp_path / "texts" / "endless.jsonl"
+def test_one_endless_line_is_no_jsonl(client: httpx.Client, infer_spec: Spec, place: Path) -> None:
+    path = place / "texts" / "endless.jsonl"
     with path.open("wb") as file:
         file.truncate(100_000_000)
     refused(client, {**infer_spec(), "rows": None, "input": str(path)}, "data_error", param="input")
@@ -361,7 +415,7 @@ def test_more_devices_than_the_fleet_has_waits_unless_asked_not_to(
 
 
 def test_an_estimate_alone_refuses_nothing(
-    client: httpx.Client, store: Store, train_spec: Spec, tmp_path: Path
+    client: httpx.Client, store: Store, train_spec: Spec, place: Path
 ) -> None:
     FakeFleet(store).add_device("gpu0@fake", Capability("cuda", 75, GIB // 4))
     job = submit(client, train_spec())

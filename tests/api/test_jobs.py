@@ -19,7 +19,7 @@ Spec = Callable[..., dict[str, Any]]
 
 
 def test_a_training_job_is_accepted_with_everything_resolved(
-    client: httpx.Client, store: Store, train_spec: Spec, tmp_path: Path
+    client: httpx.Client, store: Store, train_spec: Spec, place: Path
 ) -> None:
     answer = client.post("/v1/jobs", json=train_spec(name="first"))
     assert answer.status_code == 201
@@ -31,7 +31,7 @@ def test_a_training_job_is_accepted_with_everything_resolved(
     assert job["requirements"]["memory_bytes"] > 500 * 1024**2
     with store.transaction() as session:
         resolved = session.get_one(Job, job["id"]).resolved
-    assert resolved["model"]["path"] == str(tmp_path / "roots" / "encoder")
+    assert resolved["model"]["path"] == str(place / "roots" / "encoder")
     assert resolved["model"]["parameters"] == 50 * 16
     assert resolved["inputs"]["train"]["rows"] == 40
     assert client.get(f"/v1/jobs/{job['id']}").json() == job
@@ -117,6 +117,10 @@ def test_lists_are_filtered(client: httpx.Client, infer_spec: Spec, train_spec: 
     error_of(client.get("/v1/jobs", params={"cursor": "odd"}), 422, "invalid_request")
     error_of(client.get("/v1/jobs", params={"limit": 0}), 422, "invalid_request")
     error_of(client.get("/v1/jobs?name=%00"), 422, "invalid_request")
+    odd = error_of(client.get("/v1/jobs?kind=training"), 422, "invalid_request")
+    assert odd["message"] == "kind must be 'train' or 'infer', not 'training'"
+    many = error_of(client.get("/v1/jobs?state=queued&state=done"), 422, "invalid_request")
+    assert many["param"] == "state"
 
 
 def test_a_queued_job_is_cancelled_at_once_and_only_once(
@@ -126,6 +130,10 @@ def test_a_queued_job_is_cancelled_at_once_and_only_once(
     cancelled = client.post(f"/v1/jobs/{job}/cancel", json={"reason": "wrong data"}).json()
     assert cancelled["state"] == "cancelled"
     assert cancelled["failure"]["message"] == "wrong data"
+    broken = client.post(
+        f"/v1/jobs/{job}/cancel", content="{reason", headers={"Content-Type": "application/json"}
+    )
+    error_of(broken, 422, "invalid_json")
     again = client.post(f"/v1/jobs/{job}/cancel")
     assert (again.status_code, again.json()) == (200, cancelled)
     events = client.get(f"/v1/jobs/{job}/events", params={"format": "json"}).json()

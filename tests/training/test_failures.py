@@ -131,7 +131,6 @@ def test_divergence_ends_all_ranks_with_a_hint(
     [
         ({"freeze": ("bert.embedings.*",)}, "freeze_matches_nothing"),
         ({"freeze": ("*",)}, "all_frozen"),
-        ({"batch_size": 16, "micro_batch_size": 3}, "contradictory_hyperparameters"),
         ({"warmup_steps": 1000, "epochs": 1}, "contradictory_hyperparameters"),
         ({"max_length": 65}, "max_length_too_large"),
     ],
