@@ -167,3 +167,16 @@ def test_a_part_that_cannot_start_is_named_with_its_log(
     assert "workers ended with exit code 2 while starting" in (failed.value.hint or "")
     assert "workers.log" in (failed.value.hint or "")
     assert_nothing_left(other.data)
+
+
+def test_ctrl_c_while_it_starts_ends_everything(options: StackOptions, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    command = [sys.executable, "-m", "gpuyard", "up", "--data", str(data), "--workers", "1"]
+    with subprocess.Popen([*command, "--port", "0", "--flower-port", "0"]) as process:
+        try:
+            eventually(lambda: (data / "logs" / "workers.log").exists(), 60, "the workers to start")
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+        finally:
+            process.kill()
+    assert_nothing_left(data)
