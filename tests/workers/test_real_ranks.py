@@ -60,11 +60,15 @@ def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
     os.kill(victim, signal.SIGKILL)
     job = fleet.wait(killed, "succeeded", within=90)
     attempts = fleet.attempts(killed)
-    assert len(attempts) == 2  # the kill struck
+    assert len(attempts) == 2, fleet.story(killed)  # the kill struck
     assert attempts[0].failure is not None
     assert attempts[0].failure["code"] == "rank_killed"
     assert job.summary is not None
     assert job.summary["resumed_from"]["step"] >= 4
+    assert [event.message for event in fleet.events(killed) if event.type == "notice"] == []
+    kept = fleet.store.call(read.list_checkpoints, killed)
+    assert len(kept) == 2
+    assert all((fleet.data / checkpoint.path).is_dir() for checkpoint in kept)
     assert weights(fleet, killed) == weights(fleet, undisturbed)
 
     metrics = fleet.store.call(read.list_metrics, killed, "validation")
