@@ -26,9 +26,12 @@ from shared.store import Store
 _DESCRIPTION = """
 Submit training and batch-inference jobs, follow them, and fetch what they made.
 
-Every request under `/v1` carries an API key: `Authorization: Bearer gy_…`. Every error is
-`{"error": {"code", "message", "param", "hint", "request_id"}}`; `code` is stable. Lists are pages,
-newest first: pass `next` as `cursor`.
+Every request under `/v1` carries an API key: `Authorization: Bearer gy_…`. To try requests out on this
+page, press **Authorize** and paste the key; this browser keeps it.
+
+Every error is `{"error": {"code", "message", "param", "hint", "request_id"}}`; `code` is stable.
+
+Lists are pages, newest first: pass `next` as `cursor`.
 """
 _TAGS = [
     {"name": "jobs", "description": "Submit, list, look at, follow and cancel."},
