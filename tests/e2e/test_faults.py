@@ -12,6 +12,7 @@ import pytest
 import redis
 
 from shared.capability import device_queue
+from tests.e2e.broker import hints_in
 from tests.e2e.facts import (
     assert_devices_are_free,
     assert_nothing_stale_was_accepted,
@@ -119,7 +120,7 @@ def test_hints_that_the_broker_lost_are_sent_again(
     trained = client.submit(training(labelled, epochs=1), upload=True)
     with redis.Redis.from_url(stack.setting("BROKER_URL")) as broker:
         eventually(
-            lambda: any(broker.llen(device_queue(device)) for device in devices),
+            lambda: any(hints_in(broker, device_queue(device)) for device in devices),
             within=10,
             what="a hint that nobody took",
         )
