@@ -31,9 +31,12 @@ def service(data: Path) -> Iterator[Service]:
     if encoder is None:
         raise SystemExit("the demo's models are not installed: run `make bench`")
     make_tiny_language_model(data / "models" / "tiny")
-    with stack(StackOptions(data=data, devices="cpu:2", api_port=0, flower_port=0)) as running:
-        with Client(url=running.api_url, api_key=running.api_key) as client:
-            yield Service(client, running, data, encoder)
+    options = StackOptions(data=data, devices="cpu:2", api_port=0, flower_port=0)
+    with (
+        stack(options) as running,
+        Client(url=running.api_url, api_key=running.api_key) as client,
+    ):
+        yield Service(client, running, data, encoder)
 
 
 def make_tiny_language_model(folder: Path) -> None:
