@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from sqlmodel import Session, select
 
 from shared.capability import device_queue
 from shared.lifecycle import (
@@ -40,6 +41,7 @@ from shared.store.dispatch import Placed, dispatch_attempt
 from shared.store.finish import fail_rank, finish_rank, leave_attempt, release_lease
 from shared.store.report import commit_checkpoint, commit_shard, record_progress
 from shared.store.rescue import ExpiredLease, expired_leases, rescue_lease
+from shared.tables import Device
 from tests.store import world
 
 DEVICES = ("cpu0@a", "cpu1@a")
@@ -64,7 +66,7 @@ class JobStore(RuleBasedStateMachine):
 
     # --- what happens --------------------------------------------------------------------------
 
-    @precondition(lambda self: len(self.jobs) < 4)
+    @precondition(lambda self: len(self.jobs) < 8)
     @rule(devices=st.sampled_from([1, 1, 2]), shards=st.sampled_from([0, 2]))
     def submit(self, devices: int, shards: int) -> None:
         if shards:
@@ -75,7 +77,9 @@ class JobStore(RuleBasedStateMachine):
     @precondition(lambda self: self.jobs)
     @rule(n=pick, order=st.permutations(DEVICES), targeted=st.booleans(), old_term=st.booleans())
     def dispatch(self, n: int, order: list[str], targeted: bool, old_term: bool) -> None:
-        job_id = self.jobs[n % len(self.jobs)]
+        queued = [j["id"] for j in self.before["jobs"] if j["state"] == JobState.QUEUED]
+        some = queued if queued and n % 4 else self.jobs
+        job_id = some[n // 4 % len(some)]
         job = self.job(job_id)
         count = int(job["resolved"]["requirements"]["devices"])
         term = self.terms[0] if old_term else self.terms[-1]
@@ -90,6 +94,26 @@ class JobStore(RuleBasedStateMachine):
         assert term == self.terms[-1], "an old leader dispatched"
         assert attempt.token == job["token"] + 1
         self.hints += world.hints(self.store, attempt.id)
+
+    @rule(devices=st.sampled_from([1, 2, 2]), shards=st.sampled_from([0, 0, 2]))
+    def launch(self, devices: int, shards: int) -> None:
+        """The usual way, in one go, so that the random ones start from running jobs, too."""
+        busy = {lease["device_id"] for lease in open_leases(self.before)}
+        up = [device for device in self.store.call(devices_up) if device not in busy]
+        count = 1 if shards else devices
+        if len(up) < count or len(self.jobs) >= 8:
+            return
+        job_id = world.submit(self.store, world.needs(devices=count), shards=shards)
+        self.jobs.append(job_id)
+        self.promises_are_kept()
+        placed = ((device, "cpu") for device in up[:count])
+        attempt = world.send(self.store, job_id, *placed, term=self.terms[-1])
+        new = world.hints(self.store, attempt.id)
+        self.hints += new
+        for hint, device in zip(new, up, strict=False):
+            self.promises_are_kept()
+            claimed = world.claim(self.store, hint, device, self.workers[device])
+            self.holders.append(claimed.holder)
 
     @precondition(lambda self: self.hints)
     @rule(n=pick, device=st.sampled_from(DEVICES), late=st.booleans())
@@ -175,7 +199,9 @@ class JobStore(RuleBasedStateMachine):
     @precondition(lambda self: self.jobs)
     @rule(n=pick)
     def cancel(self, n: int) -> None:
-        before = self.job(self.jobs[n % len(self.jobs)])
+        active = [j["id"] for j in self.before["jobs"] if JobState(j["state"]).active]
+        some = active if active and n % 4 else self.jobs
+        before = self.job(some[n // 4 % len(some)])
         after = self.store.call(cancel_job, before["id"], "test")
         assert JobState(after.state).terminal or after.state == JobState.CANCELLING
         if JobState(before["state"]).terminal:
@@ -199,7 +225,7 @@ class JobStore(RuleBasedStateMachine):
     def rescue(self, n: int, old_term: bool) -> None:
         """Also with what was read long ago: the lease may be renewed or gone since."""
         term = self.terms[0] if old_term else self.terms[-1]
-        lost = self.expired[n % len(self.expired)]
+        lost = self.expired[-1] if n % 2 else self.expired[n // 2 % len(self.expired)]
         out = {(e.attempt_id, e.rank) for e in self.store.call(expired_leases).leases}
         rescued = self.store.call(rescue_lease, term, lost)
         assert rescued == (term == self.terms[-1] and (lost.attempt_id, lost.rank) in out)
@@ -215,6 +241,9 @@ class JobStore(RuleBasedStateMachine):
         self.store.call(drain_device if drain else end_worker, self.workers[device])
         left = [le["state"] for le in open_leases(self.look()) if le["device_id"] == device]
         assert left in ([], [LeaseState.HELD] if drain else [])
+        if not drain:  # a drained one stays so until it is restarted
+            self.promises_are_kept()
+            self.restart_worker(device)
 
     @rule()
     def change_leader(self) -> None:
@@ -274,8 +303,10 @@ class JobStore(RuleBasedStateMachine):
         return self.store.call(commit_shard, holder, index, results, 0.1)
 
     def holder(self, n: int) -> Holder:
-        """The newest half of the time, else any: most of those are stale."""
-        return self.holders[-1] if n % 2 else self.holders[n // 2 % len(self.holders)]
+        """A current one most of the time, else any: most of those are stale."""
+        current = [holder for holder in self.holders if self.is_current(holder)]
+        few = current if current and n % 3 else self.holders
+        return few[n // 3 % len(few)]
 
     def is_current(self, holder: Holder) -> bool:
         """The fencing rule, said a second time and independently of the store."""
@@ -302,6 +333,11 @@ class JobStore(RuleBasedStateMachine):
 
     def look(self) -> world.Contents:
         return world.contents(self.store)
+
+
+def devices_up(session: Session) -> list[str]:
+    query = select(Device.id).where(Device.state == "up").order_by(Device.id)
+    return list(session.exec(query).all())
 
 
 def check_transitions(before: world.Contents, now: world.Contents) -> None:
@@ -359,8 +395,8 @@ def test_random_lives_keep_every_promise(store: Store) -> None:
         run_state_machine_as_test(
             lambda: JobStore(store, connection),
             settings=settings(
-                max_examples=int(__import__("os").environ.get("EX", "5")),
-                stateful_step_count=30,
+                max_examples=25,
+                stateful_step_count=40,
                 deadline=None,
                 suppress_health_check=list(HealthCheck),
             ),
