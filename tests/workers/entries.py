@@ -65,8 +65,9 @@ def _quick(channel: Rank, job: TrainAssignment) -> None:
     channel.send(Progress(step=1, total_steps=2, loss=0.5))
     channel.send(Metric(split="train", step=1, values={"loss": 0.5}))
     channel.send(Notice(code="note", message="for your information", data={"x": 1}))
-    _write_checkpoint(channel, job, 1)
-    _write_artifact(channel, job, "model/weights.bin", b"weights")
+    if job.rank == 0:
+        _write_checkpoint(channel, job, 1)
+        _write_artifact(channel, job, "model/weights.bin", b"weights")
     channel.send(Progress(step=2, total_steps=2, loss=0.25))
     sys.stdout.write("a last line without its end")
     sys.stdout.flush()

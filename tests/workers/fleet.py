@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
 from celery import Celery
 
 from scheduler.loop import Scheduler
@@ -237,7 +238,14 @@ class Fleet:
     def wait(self, job_id: str, *states: str, within: float = 30.0) -> Job:
         """Until the job is in one of these states (or terminal ones, by default)."""
         wanted = states or tuple(state for state in JobState if state.terminal)
-        eventually(lambda: self.job(job_id).state in wanted, within, lambda: self.story(job_id))
+
+        def arrived() -> bool:
+            state = JobState(self.job(job_id).state)
+            if state.terminal and state not in wanted:
+                pytest.fail(f"{job_id} is {state}: {self.story(job_id)}")
+            return state in wanted
+
+        eventually(arrived, within, lambda: self.story(job_id))
         return self.job(job_id)
 
     def wait_for_event(self, job_id: str, type: str, within: float = 20.0) -> Event:
