@@ -11,6 +11,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -273,6 +275,7 @@ def _print_whereabouts(
     instance, data = service.instance, service.data
     # Commands find a local stack by its data folder; only another than the usual one has to be said.
     prefix = "" if data == data_folder() else f"GPUYARD_DATA={data} "
+    prefix += "" if shutil.which("gpuyard") else f"{_relative(Path(sys.executable).parent)}/"
     checkpoints = client.checkpoints(trained.id)
     model = next((a for a in client.artifacts(trained.id) if a.name.endswith(".safetensors")), None)
     lines = [

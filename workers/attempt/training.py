@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 
 PEER_LOST = "peer_lost"
 PEER_PATIENCE = 3.0
-MAX_KEPT_BY_RANK = 100
-"""The most that a spec may ask for."""
 
 
 def run_training(
@@ -130,7 +128,7 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         rank=claimed.holder.rank,
         world_size=claimed.world_size,
         device=site.device.handle,
-        spec=_spec_for_rank(claimed),
+        spec=TrainSpec.model_validate(claimed.spec),
         model_path=resolved.model.path,
         train_path=inputs["train"],
         validation_path=inputs.get("validation"),
@@ -148,17 +146,6 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
             for each in claimed.checkpoints
         ),
     )
-
-
-def _spec_for_rank(claimed: Claimed) -> TrainSpec:
-    """With room for checkpoints: old ones are deleted by the worker, once newer ones are *committed*.
-
-    A rank that tidies up after itself knows only what it has written. While Postgres is slow or
-    away it would delete the last ones that count, so its own limit is set as far off as it goes.
-    """
-    spec = TrainSpec.model_validate(claimed.spec)
-    checkpoint = spec.checkpoint.model_copy(update={"keep": MAX_KEPT_BY_RANK})
-    return spec.model_copy(update={"checkpoint": checkpoint})
 
 
 def _send(rank: RankProcess, message: TrainAssignment | JoinRendezvous | Stop) -> None:

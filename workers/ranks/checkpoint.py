@@ -7,7 +7,6 @@ place, so that death at any moment leaves either all of it or a hidden folder th
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -143,14 +142,15 @@ class CheckpointWriter:
     At most one is in the making: a second ``submit`` waits for the first. A failed write ends the
     training at the next ``submit`` or ``close``, as training on without checkpoints is not what
     was asked for.
+
+    It deletes nothing: only the worker knows which checkpoints are committed, and what was written
+    while Postgres was slow must not push out the last one that counts.
     """
 
-    def __init__(self, folder: Path, keep: int, written: Callable[[Written], None]) -> None:
+    def __init__(self, folder: Path, written: Callable[[Written], None]) -> None:
         """``written`` is called on the writer's thread once a checkpoint is durable."""
         self._folder = folder
-        self._keep = keep
         self._written = written
-        self._durable: list[Path] = []
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -185,18 +185,6 @@ class CheckpointWriter:
         self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
     ) -> None:
         try:
-            checkpoint = write(self._folder, step, tensors, state)
-            self._written(checkpoint)
-            self._retain(checkpoint.path)
+            self._written(write(self._folder, step, tensors, state))
         except BaseException as error:
             self._error = error
-
-    def _retain(self, newest: Path) -> None:
-        # The newest is durable but its row may not be committed yet, and never will be if we are
-        # killed now: so it does not count, and `keep` committed ones stay behind it. Only what this
-        # attempt wrote is ever removed.
-        while len(self._durable) > self._keep:
-            oldest = self._durable.pop(0)
-            with contextlib.suppress(OSError):
-                shutil.rmtree(oldest)
-        self._durable.append(newest)

@@ -72,7 +72,7 @@ class Trainer:
         self._gang = gang
         self._reporter = reporter
         self._fingerprint = fingerprint
-        self._writer = CheckpointWriter(checkpoints, spec.checkpoint.keep, self._checkpoint_written)
+        self._writer = CheckpointWriter(checkpoints, self._checkpoint_written)
         self._blocked = 0.0
         self._wrapped = parallelise(
             model, warm_up_batch(training, plan, pad, compute), compute, gang
