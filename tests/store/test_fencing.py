@@ -164,3 +164,16 @@ def test_what_json_cannot_say_does_not_break_a_report(store: Store) -> None:
     failure = replace(world.failure(), message=nul, hint=nul)
     assert store.call(fail_rank, holder, failure)
     assert world.contents(store)["attempts"][0]["failure"]["message"] == "a\ufffdb"
+
+
+def test_an_old_leader_rescues_nothing(store: Store) -> None:
+    running(store)
+    with store.transaction() as session:
+        session.execute(text("UPDATE leases SET expires_at = now() - interval '1 hour'"))
+        session.execute(text("UPDATE leader SET expires_at = now() - interval '1 hour'"))
+    (lost,) = store.call(expired_leases).leases
+    new = world.become_leader(store, "another")
+    before = world.contents(store)
+    assert not store.call(rescue_lease, new - 1, lost)
+    assert world.contents(store) == before
+    assert store.call(rescue_lease, new, lost)
