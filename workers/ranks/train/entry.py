@@ -285,7 +285,8 @@ def _deliver(
 def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:
     """Report what ended the rank. The log gets a traceback only where nobody foresaw the error."""
     failure = explain(error)
-    if failure.code == "peer_lost" and _stop_is_waiting(reporter):
+    if failure.code == "peer_lost" and (order := _waiting_stop(reporter)) is not None:
+        reporter.say(f"stopped: {order}")
         return STOPPED
     if not isinstance(error, TrainingFailed | LoadError) and failure.code != "peer_lost":
         traceback.print_exception(error)
@@ -305,10 +306,10 @@ def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:
     return FAILED
 
 
-def _stop_is_waiting(reporter: Reporter) -> bool:
-    """Whether the peer is gone because the worker is ending the gang."""
+def _waiting_stop(reporter: Reporter) -> Stopped | None:
+    """The order to stop, if the peer is gone because the worker is ending the gang."""
     try:
         reporter.check_orders()
-    except Stopped:
-        return True
-    return False
+    except Stopped as order:
+        return order
+    return None
