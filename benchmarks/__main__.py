@@ -23,17 +23,17 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.out.mkdir(exist_ok=True)
 
+    with tempfile.TemporaryDirectory(prefix="gpuyard-bench-") as folder:
+        print("starting a local stack", flush=True)
+        with service(Path(folder)) as running:
+            print("jobs", flush=True)
+            done = jobs.bench(running)
+            print("training", flush=True)
+            trained = training.bench(running, rounds=args.rounds)
     print("generation", flush=True)
     generated = generation.bench(
         generation.parse_arguments(["--requests", str(args.requests), "--slots", "32"])
     )
-    with tempfile.TemporaryDirectory(prefix="gpuyard-bench-") as folder:
-        print("starting a local stack", flush=True)
-        with service(Path(folder)) as running:
-            print("training", flush=True)
-            trained = training.bench(running, rounds=args.rounds)
-            print("jobs", flush=True)
-            done = jobs.bench(running)
     figures = {"training": trained, "generation": generated, "jobs": done}
     (args.out / "figures.json").write_text(json.dumps(figures, indent=2))
     text = report(figures)

@@ -24,7 +24,7 @@ TEXTS = ROOT / "examples" / "data" / "glosses-train.jsonl"
 RANKS, BATCH = 2, 32
 
 
-def bench(service: Service, *, rounds: int = 3, steps: int = 40) -> dict[str, Any]:
+def bench(service: Service, *, rounds: int = 3, steps: int = 20) -> dict[str, Any]:
     """Examples and steps per second of three ways to train, and seconds to the first step."""
     ours, bare = [], []
     for _ in range(rounds):

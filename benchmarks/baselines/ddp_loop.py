@@ -73,14 +73,8 @@ def main() -> None:
         first_step_at = first_step_at or time.time()
     seconds = time.perf_counter() - started
     if rank == 0:
-        print(
-            json.dumps(
-                {
-                    "examples_per_second": examples / seconds,
-                    "steps_per_second": args.steps / seconds,
-                }
-            )
-        )
+        figures = {"examples_per_second": examples / seconds, "first_step_at": first_step_at}
+        print(json.dumps(figures))
     dist.destroy_process_group()
 
 
