@@ -108,12 +108,14 @@ class Store:
             except (OperationalError, InterfaceError) as error:
                 what = str(error.orig).strip().splitlines()
                 reason = f"Postgres cannot be reached: {what[0] if what else error}"
+            # Said before the deadline is looked at: on a busy machine the first try alone may take
+            # longer than the timeout, and the reason belongs in the log also then.
             now = time.monotonic()
-            if now > deadline:
-                raise Unavailable(reason, hint="Check DATABASE_URL.")
             if reason != said or now - said_at > 30:
                 announce(f"waiting: {reason}")
                 said, said_at = reason, now
+            if now > deadline:
+                raise Unavailable(reason, hint="Check DATABASE_URL.")
             time.sleep(pause)
             pause = min(pause * 1.5, 3.0)
 

@@ -101,6 +101,17 @@ def test_a_process_waits_for_the_migrations(empty: Engine) -> None:
     waiting.close()
 
 
+def test_a_process_says_why_also_if_its_first_try_takes_longer_than_it_may_wait(
+    empty: Engine,
+) -> None:
+    said: list[str] = []
+    waiting = Store(empty.url.render_as_string(False))
+    with pytest.raises(Unavailable, match="migrat"):
+        waiting.wait_until_ready(announce=said.append, timeout=-1)
+    assert len(said) == 1
+    waiting.close()
+
+
 def test_a_process_waits_for_postgres() -> None:
     said: list[str] = []
     waiting = Store("postgresql+psycopg://nobody@127.0.0.1:1/none")
