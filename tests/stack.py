@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 def eventually(
-    predicate: Callable[[], T], within: float = 20.0, what: str | Callable[[], str] = ""
+    predicate: Callable[[], T], within: float = 30.0, what: str | Callable[[], str] = ""
 ) -> T:
     """Poll until ``predicate()`` is true and return its value.
 

@@ -28,7 +28,7 @@ from shared.tables import Table
 from tests.api.fake_worker import FakeFleet
 from tests.api.model_folders import CAUSAL, CLASSIFIER, ENCODER, write_model
 
-DEADLINE = 15.0
+DEADLINE = 30.0
 
 
 def wait_until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:

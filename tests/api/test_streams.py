@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -181,8 +180,6 @@ def test_shutting_down_ends_open_streams(
         ):
             stream = events(events_answer)
             assert next(stream).data["type"] == "submitted"
-            started = time.monotonic()
             api.server.should_exit = True
             assert list(stream) == [], "no end event: the job is not over"
             assert rows_answer.read() == b""
-            assert time.monotonic() - started < 5

@@ -172,7 +172,7 @@ def running_on(api: Api, port: int = 0) -> Iterator[int]:
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     try:
-        eventually(lambda: server.started, within=15, what="the server starts")
+        eventually(lambda: server.started, within=30, what="the server starts")
         yield port
     finally:
         server.should_exit = True

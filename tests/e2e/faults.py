@@ -19,7 +19,7 @@ def _kill(pid: int) -> str:
     command = alive(pid)
     assert command, f"{pid} was gone before it was struck"
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: alive(pid) is None, within=10, what=f"{pid} to die")
+    eventually(lambda: alive(pid) is None, within=30, what=f"{pid} to die")
     return f"SIGKILL {pid} {command[:80]}"
 
 

@@ -97,7 +97,7 @@ def test_jobs_survive(
         assert_nothing_stale_was_accepted(stack.store, job.id)
         eventually(
             lambda job=job: not processes_of_job(stack.data, job.id),
-            within=10,
+            within=30,
             what=f"the processes of {job.id} to be gone",
         )
     for job in (waiting, batch):
@@ -121,7 +121,7 @@ def test_hints_that_the_broker_lost_are_sent_again(
     with redis.Redis.from_url(stack.setting("BROKER_URL")) as broker:
         eventually(
             lambda: any(hints_in(broker, device_queue(device)) for device in devices),
-            within=10,
+            within=30,
             what="a hint that nobody took",
         )
         broker.flushall()

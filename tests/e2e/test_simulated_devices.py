@@ -82,7 +82,7 @@ def test_a_gang_larger_than_the_fleet_waits_and_fail_fast_refuses(
     }  # fmt: skip
     waiting = fleet.client.submit(spec, upload=True)
     reason = eventually(
-        lambda: fleet.client.job(waiting.id).waiting_reason, within=15, what="a reason to wait"
+        lambda: fleet.client.job(waiting.id).waiting_reason, within=30, what="a reason to wait"
     )
     assert "8" in reason
     assert "3" in reason

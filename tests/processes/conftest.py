@@ -82,7 +82,7 @@ class Yard:
                 nursery.kill()
             nursery.wait()
         # A failed test must not leave processes on the machine, sleepers without tag included.
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while (pids := self.living()) and time.monotonic() < deadline:
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -122,7 +122,7 @@ def ready() -> Callable[[RankProcess], dict[str, Any]]:
 def eventually() -> Callable[..., None]:
     """Poll a condition until it holds, or fail after ``seconds``."""
 
-    def wait(holds: Callable[[], object], seconds: float = 10.0) -> None:
+    def wait(holds: Callable[[], object], seconds: float = 30.0) -> None:
         deadline = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < deadline, f"did not come true within {seconds} s"

@@ -107,7 +107,7 @@ def test_malformed_requests_are_answered(
     with _connected(yard.socket) as connection:
         connection.send(request_bytes)
         assert answer in json.loads(connection.recv(4096))["error"]
-    assert yard.launch("exit_with_code", CODE="0").wait(10) == Exit(0, None)
+    assert yard.launch("exit_with_code", CODE="0").wait(30) == Exit(0, None)
 
 
 def test_clients_that_connect_and_say_nothing_block_nobody(
@@ -115,23 +115,23 @@ def test_clients_that_connect_and_say_nothing_block_nobody(
 ) -> None:
     eventually(yard.socket.exists)
     silent = [_connected(yard.socket) for _ in range(20)]
-    assert yard.launch("exit_with_code", CODE="0").wait(10) == Exit(0, None)
+    assert yard.launch("exit_with_code", CODE="0").wait(30) == Exit(0, None)
     for connection in silent:
         connection.close()
     nursery = Path(f"/proc/{yard.nurseries[0].pid}/fd")
     eventually(lambda: len(list(nursery.iterdir())) < 15)
-    assert yard.launch("exit_with_code", CODE="0").wait(10) == Exit(0, None)
+    assert yard.launch("exit_with_code", CODE="0").wait(30) == Exit(0, None)
 
 
 @pytest.mark.chaos
 def test_nursery_killed_over_a_request(yard: Any, eventually: Eventually) -> None:
     """Stopped, so that the request is surely under way when it dies; the next one serves it."""
-    assert yard.launch("exit_with_code", CODE="0").wait(10)
+    assert yard.launch("exit_with_code", CODE="0").wait(30)
     first = yard.nurseries[0]
     os.kill(first.pid, signal.SIGSTOP)
     found: list[Exit | None] = []
     thread = threading.Thread(
-        target=lambda: found.append(yard.launch("exit_with_code", CODE="6").wait(10))
+        target=lambda: found.append(yard.launch("exit_with_code", CODE="6").wait(30))
     )
     thread.start()
     thread.join(0.3)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -67,7 +66,7 @@ def dispatched(store: Store, job_id: str) -> bool:
 
 def kill(process: Process, how: signal.Signals) -> None:
     process.send_signal(how)
-    process.wait(timeout=10)
+    process.wait(timeout=30)
 
 
 @pytest.mark.chaos
@@ -111,11 +110,11 @@ def test_sigterm_hands_over_at_once(store: Store, start: Callable[[], Process]) 
     eventually(lambda: leader(store), within=60)
     second = start()
     eventually(lambda: stands_by(store, 2), within=60, what="both connected")
-    asked_at = time.monotonic()
     kill(first, signal.SIGTERM)
     assert first.returncode == 0
+    now_leads = leader(store)
+    assert now_leads is None or now_leads[1] == second.pid, "it did not leave its lease to run out"
     eventually(lambda: (found := leader(store)) is not None and found[1] == second.pid)
-    assert time.monotonic() - asked_at < 3 * TTL
     kill(second, signal.SIGINT)
     assert second.returncode == 0
     assert leader(store) is None, "it resigned"

@@ -91,4 +91,4 @@ def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
     right = sum(said == row["label"] for said, row in zip(answers, held_out, strict=True))
     assert right / len(held_out) == pytest.approx(claimed)
     assert fleet.stop_host() == 0
-    eventually(lambda: not fleet.processes(), 5)
+    eventually(lambda: not fleet.processes())
