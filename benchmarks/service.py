@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gpuyard import Client
+from gpuyard.local.background import RunningStack, stack
 from gpuyard.local.demo_models import provide_encoder
-from gpuyard.local.stack import RunningStack, StackOptions, stack
+from gpuyard.local.stack import StackOptions
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from rich.text import Text
 from gpuyard.cli import render
 from gpuyard.client import Client
 from gpuyard.connection import data_folder
+from gpuyard.local.background import RunningStack, stack
 from gpuyard.local.demo_models import ENCODER, GENERATOR, Conversion, provide_encoder
-from gpuyard.local.stack import RunningStack, StackOptions, stack
+from gpuyard.local.stack import StackOptions
 from shared.errors import ConfigurationError, IdempotencyMismatch
 from shared.lifecycle import JobState
 from shared.views import JobDetail

@@ -17,9 +17,10 @@ import httpx
 import pytest
 
 from gpuyard.connection import INSTANCE_FILE
+from gpuyard.local.background import RunningStack, stack, start_stack
 from gpuyard.local.instance import read_instance
 from gpuyard.local.processes import ProcessId, find_by_arguments, find_by_tag
-from gpuyard.local.stack import RunningStack, StackOptions, stack, start_stack
+from gpuyard.local.stack import StackOptions
 from shared.errors import AlreadyRunning, Unavailable
 from tests.stack import eventually
 
