@@ -6,7 +6,6 @@ import json
 import shutil
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,18 +26,9 @@ from shared.store.keys import create_key
 from shared.tables import Table
 from tests.api.fake_worker import FakeFleet
 from tests.api.model_folders import CAUSAL, CLASSIFIER, ENCODER, write_model
+from tests.stack import eventually
 
 DEADLINE = 30.0
-
-
-def wait_until(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:
-    """Poll until ``condition`` is true; its value."""
-    until = time.monotonic() + deadline
-    while time.monotonic() < until:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError(f"not within {deadline} s: {what}")
 
 
 @dataclass
@@ -74,7 +64,7 @@ def running(settings: Settings, store: Store) -> Iterator[Api]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:
-            wait_until(lambda: server.started, "the server starts")
+            eventually(lambda: server.started, what="the server starts")
             yield Api(settings, store, server, port)
         finally:
             server.should_exit = True

@@ -15,7 +15,8 @@ import pytest
 
 from shared.settings import Settings
 from shared.store import Store
-from tests.api.conftest import Api, error_of, running, submit, wait_until
+from tests.api.conftest import Api, error_of, running, submit
+from tests.stack import eventually
 
 CONTENT = b'{"text": "x", "label": "a"}\n{"text": "y", "label": "b"}\n'
 
@@ -98,8 +99,8 @@ def test_cut_off_midway(api: Api, client: httpx.Client, length: str) -> None:
     )
     with socket.create_connection(("127.0.0.1", api.port), timeout=10) as raw:
         raw.sendall(head.encode() + body)
-        wait_until(lambda: stored(api.settings), "it is being written")
-    wait_until(lambda: not stored(api.settings), "nothing of it is kept")
+        eventually(lambda: stored(api.settings), what="it is being written")
+    eventually(lambda: not stored(api.settings), what="nothing of it is kept")
     assert client.get("/v1/files").json()["items"] == []
 
 

@@ -22,7 +22,8 @@ from scheduler.api.errors import request_id
 from shared.settings import Settings
 from shared.store import Store
 from shared.store.keys import create_key, revoke_key
-from tests.api.conftest import Api, error_of, running, wait_until
+from tests.api.conftest import Api, error_of, running
+from tests.stack import eventually
 
 
 def test_keys(api: Api, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,7 +43,7 @@ def test_keys(api: Api, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with api.client(key) as client:
         assert client.get("/v1/jobs").status_code == 200
         assert store.call(revoke_key, id)
-        wait_until(lambda: client.get("/v1/jobs").status_code == 401, "a revoked key ends")
+        eventually(lambda: client.get("/v1/jobs").status_code == 401, what="a revoked key ends")
 
 
 def test_authentication_can_be_off(settings: Settings, store: Store) -> None:
@@ -177,13 +178,15 @@ def test_it_starts_before_postgres_does_and_ends_cleanly(
     port = free_port()
     with process(url, tmp_data, port) as (child, said):
         base = f"http://127.0.0.1:{port}"
-        wait_until(lambda: answers(f"{base}/healthz") == 200, "it listens", 30)
+        eventually(lambda: answers(f"{base}/healthz") == 200, what="it listens")
         assert answers(f"{base}/readyz") == 503
         refused = httpx.get(f"{base}/v1/jobs", headers={"Authorization": "Bearer x"})
         assert error_of(refused, 503, "unavailable")
-        wait_until(lambda: "waiting: Postgres cannot be reached" in said.read_text(), "it says so")
+        eventually(
+            lambda: "waiting: Postgres cannot be reached" in said.read_text(), what="it says so"
+        )
         postgres.start()
-        wait_until(lambda: answers(f"{base}/readyz") == 200, "it is ready", 30)
+        eventually(lambda: answers(f"{base}/readyz") == 200, what="it is ready")
         assert answers(f"{base}/v1/jobs") == 401
         assert child.poll() is None, "it never ended"
         child.send_signal(signal.SIGTERM)
@@ -215,4 +218,4 @@ def test_a_broker_that_dies_and_comes_back(
         valkey.kill()
         assert httpx.get(ready).json()["status"] == "degraded"
         valkey.start()
-        wait_until(lambda: httpx.get(ready).json()["status"] == "ready", "it is back")
+        eventually(lambda: httpx.get(ready).json()["status"] == "ready", what="it is back")

@@ -12,9 +12,10 @@ import pytest
 from gpuyard.local.servers import PostgresServer
 from shared.settings import Settings
 from shared.store import Store
-from tests.api.conftest import Api, error_of, running, submit, wait_until
+from tests.api.conftest import Api, error_of, running, submit
 from tests.api.fake_worker import FakeFleet
 from tests.api.sse import Sent, events
+from tests.stack import eventually
 
 Spec = Callable[..., dict[str, Any]]
 
@@ -161,7 +162,7 @@ def test_a_stream_outlives_postgres(
                 assert other.get("/healthz").status_code == 200
                 assert other.get("/readyz").json()["checks"]["postgres"] == "cannot be reached"
                 postgres.start()
-                wait_until(lambda: other.get("/v1/jobs").status_code == 200, "it recovers")
+                eventually(lambda: other.get("/v1/jobs").status_code == 200, what="it recovers")
                 other.post(f"/v1/jobs/{job}/cancel")
             assert [s.data.get("type", s.event) for s in stream] == ["cancelled", "end"]
     store.close()

@@ -116,16 +116,3 @@ def ready() -> Callable[[RankProcess], dict[str, Any]]:
         return notice.data
 
     return wait
-
-
-@pytest.fixture
-def eventually() -> Callable[..., None]:
-    """Poll a condition until it holds, or fail after ``seconds``."""
-
-    def wait(holds: Callable[[], object], seconds: float = 30.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < deadline, f"did not come true within {seconds} s"
-            time.sleep(0.01)
-
-    return wait

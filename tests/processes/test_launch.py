@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from shared.messages import Notice, Stop
+from tests.stack import eventually
 from workers.launch import Exit, LaunchFailed, RankProcess, launch
 from workers.sweep import children, read_stat
 
@@ -114,14 +115,12 @@ def test_socket_path_longer_than_unix_allows(empty_yard: Any) -> None:
     assert empty_yard.launch("exit_with_code", CODE="2").wait(30) == Exit(2, None)
 
 
-def test_socket_is_for_its_owner_only(yard: Any, eventually: Callable[..., None]) -> None:
+def test_socket_is_for_its_owner_only(yard: Any) -> None:
     eventually(yard.socket.exists)
     assert yard.socket.stat().st_mode & 0o777 == 0o600
 
 
-def test_many_launches_leak_neither_fds_nor_zombies(
-    yard: Any, eventually: Callable[..., None]
-) -> None:
+def test_many_launches_leak_neither_fds_nor_zombies(yard: Any) -> None:
     assert yard.launch("exit_with_code", CODE="0").wait(30)  # the nursery is up from here on
     nursery = yard.nurseries[0].pid
     yard.ranks.pop().close()
@@ -158,7 +157,7 @@ def test_launches_at_the_same_time(yard: Any) -> None:
     assert ends == {code: Exit(code, None) for code in range(8)}
 
 
-def test_nursery_ends_with_its_parent(empty_yard: Any, eventually: Callable[..., None]) -> None:
+def test_nursery_ends_with_its_parent(empty_yard: Any) -> None:
     """In a process between, which is killed."""
     middle = os.fork()
     if middle == 0:

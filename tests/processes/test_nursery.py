@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
+from tests.stack import eventually
 from workers import sweep
 from workers.launch import Exit, RankProcess, launch
 from workers.ranks.nursery import why_not_forkable
 from workers.tree import unix_address
 
 Ready = Callable[[RankProcess], dict[str, Any]]
-Eventually = Callable[..., None]
 
 
 @pytest.mark.slow
@@ -100,9 +100,7 @@ def test_initialised_cuda_driver_makes_forking_unsound(tmp_path: Path) -> None:
         (b'{"kind": []}', "TypeError"),
     ],
 )
-def test_malformed_requests_are_answered(
-    yard: Any, eventually: Eventually, request_bytes: bytes, answer: str
-) -> None:
+def test_malformed_requests_are_answered(yard: Any, request_bytes: bytes, answer: str) -> None:
     eventually(yard.socket.exists)
     with _connected(yard.socket) as connection:
         connection.send(request_bytes)
@@ -110,9 +108,7 @@ def test_malformed_requests_are_answered(
     assert yard.launch("exit_with_code", CODE="0").wait(30) == Exit(0, None)
 
 
-def test_clients_that_connect_and_say_nothing_block_nobody(
-    yard: Any, eventually: Eventually
-) -> None:
+def test_clients_that_connect_and_say_nothing_block_nobody(yard: Any) -> None:
     eventually(yard.socket.exists)
     silent = [_connected(yard.socket) for _ in range(20)]
     assert yard.launch("exit_with_code", CODE="0").wait(30) == Exit(0, None)
@@ -124,7 +120,7 @@ def test_clients_that_connect_and_say_nothing_block_nobody(
 
 
 @pytest.mark.chaos
-def test_nursery_killed_over_a_request(yard: Any, eventually: Eventually) -> None:
+def test_nursery_killed_over_a_request(yard: Any) -> None:
     """Stopped, so that the request is surely under way when it dies; the next one serves it."""
     assert yard.launch("exit_with_code", CODE="0").wait(30)
     first = yard.nurseries[0]
