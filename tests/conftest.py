@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,11 @@ for _variable in [name for name in os.environ if name.startswith("GPUYARD_")]:
     del os.environ[_variable]
 for _variable in ("DATABASE_URL", "BROKER_URL"):
     os.environ.pop(_variable, None)
+
+# Started in the background by a shell, we would have SIGINT ignored, and so would every process that
+# a test wants to interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _numbers = itertools.count(1)
 
