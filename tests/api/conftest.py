@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from sqlalchemy import text
 from sqlmodel import Session
 
 from scheduler.api import create_app
-from scheduler.api.server import ApiServer, make_server
+from scheduler.api.server import ApiServer, listen, make_server
 from shared.settings import Settings
 from shared.store import Store
 from shared.store.keys import create_key
@@ -56,9 +55,7 @@ class Api:
 def running(settings: Settings, store: Store) -> Iterator[Api]:
     """Serve in a thread on a free port."""
     app = create_app(settings, store)
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(128)
+    with listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         server = make_server(app, "127.0.0.1", port)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

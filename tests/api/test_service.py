@@ -46,6 +46,15 @@ def test_keys(api: Api, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
         eventually(lambda: client.get("/v1/jobs").status_code == 401, what="a revoked key ends")
 
 
+def test_no_answer_waits_for_an_acknowledgement(api: Api) -> None:
+    """With Nagle's algorithm on, every answer after the first takes 40 ms more."""
+    with api.client() as client:
+        assert client.get("/v1/jobs").status_code == 200
+        (connection,) = api.server.server_state.connections
+        sock = connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
+
+
 def test_authentication_can_be_off(settings: Settings, store: Store) -> None:
     with (
         running(settings.model_copy(update={"auth": False}), store) as api,
