@@ -15,7 +15,15 @@ from shared.lifecycle import AttemptState, JobState, LeaseState
 from shared.messages import Hint
 from shared.store.dispatch import drop_hints
 from shared.store.engine import WAKE_ATTEMPT, after, db_now, wake
-from shared.store.guard import Holder, held, lock_job, move_attempt, move_job, tell
+from shared.store.guard import (
+    Holder,
+    attempt_and_lease,
+    held,
+    lock_job,
+    move_attempt,
+    move_job,
+    tell,
+)
 from shared.tables import Attempt, Checkpoint, Device, Job, Lease, Outbox, Worker
 
 
@@ -65,8 +73,7 @@ def claim_rank(
     reservation then moves to the claiming device, or changes places with the claiming device's own.
     """
     job = lock_job(session, hint.job_id)
-    attempt = session.get(Attempt, hint.attempt_id, populate_existing=True)
-    lease = session.get(Lease, (hint.attempt_id, hint.rank), populate_existing=True)
+    attempt, lease = attempt_and_lease(session, hint.attempt_id, hint.rank)
     if job is None or attempt is None or lease is None or job.token != hint.token:
         return Refusal.STALE
     if job.state in (JobState.CANCELLING, JobState.CANCELLED):

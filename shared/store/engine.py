@@ -32,6 +32,11 @@ WAKE_ATTEMPT = "gpuyard_attempt"
 # nothing happened, and the same call again sees what the other one did.
 _RETRYABLE = {"40P01", "40001", "23P01"}
 _TRIES = 5
+_WAKES = "wakes"
+_NOTIFY = text(
+    "SELECT pg_notify(channel, payload)"
+    " FROM unnest(CAST(:channels AS text[]), CAST(:payloads AS text[])) AS wake (channel, payload)"
+)
 _CONNECT_ARGS: dict[str, Any] = {
     "connect_timeout": 5,
     "application_name": "gpuyard",
@@ -62,6 +67,7 @@ class Store:
         """Commits at the end, rolls back on an exception. Keep nothing slow inside."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
+            _send_wakes(session)
 
     def call(
         self, function: Callable[Concatenate[Session, P], R], *args: P.args, **kwargs: P.kwargs
@@ -175,9 +181,15 @@ def is_connection_loss(error: DBAPIError) -> bool:
 
 def wake(session: Session, channel: str, payload: str = "") -> None:
     """Wake the listeners of ``channel`` when this transaction commits."""
-    session.execute(
-        text("SELECT pg_notify(:channel, :payload)"), {"channel": channel, "payload": payload}
-    )
+    # Kept in order, each once, and sent with one statement at the end: see ``Store.transaction``.
+    session.info.setdefault(_WAKES, {})[channel, payload] = None
+
+
+def _send_wakes(session: Session) -> None:
+    wakes = session.info.pop(_WAKES, {})
+    if wakes:
+        channels, payloads = zip(*wakes, strict=True)
+        session.execute(_NOTIFY, {"channels": list(channels), "payloads": list(payloads)})
 
 
 def db_now() -> ColumnElement[Any]:

@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sqlmodel import Session, select
+from sqlmodel import Session, col, select
 
 from shared.lifecycle import AttemptState, JobState, LeaseState, attempt_may_become, job_may_become
 from shared.store.engine import WAKE_JOB, db_now, wake
@@ -44,17 +44,18 @@ class Held:
 
 def lock_job(session: Session, job_id: str) -> Job | None:
     """The job row, locked to the end of the transaction. Always the first lock taken."""
-    found = session.exec(select(Job).where(Job.id == job_id).with_for_update()).first()
-    if found is not None:
-        session.refresh(found)
-    return found
+    return session.exec(
+        select(Job)
+        .where(Job.id == job_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    ).first()
 
 
 def held(session: Session, holder: Holder) -> Held | None:
     """The locked rows if the holder's writes count; None if it is stale."""
     job = lock_job(session, holder.job_id)
-    attempt = session.get(Attempt, holder.attempt_id, populate_existing=True)
-    lease = session.get(Lease, (holder.attempt_id, holder.rank), populate_existing=True)
+    attempt, lease = attempt_and_lease(session, holder.attempt_id, holder.rank)
     if (
         job is None
         or attempt is None
@@ -68,6 +69,20 @@ def held(session: Session, holder: Holder) -> Held | None:
         log.warning("stale write refused: %s", holder)
         return None
     return Held(job, attempt, lease)
+
+
+def attempt_and_lease(
+    session: Session, attempt_id: str, rank: int
+) -> tuple[Attempt | None, Lease | None]:
+    """Both as they are now. Read after the job is locked, never in the statement that locks it: what
+    that waited for would be missing from them."""
+    found = session.exec(
+        select(Attempt, Lease)
+        .join(Lease, col(Lease.attempt_id) == col(Attempt.id))
+        .where(Attempt.id == attempt_id, Lease.rank == rank)
+        .execution_options(populate_existing=True)
+    ).first()
+    return (None, None) if found is None else (found[0], found[1])
 
 
 def move_job(job: Job, target: JobState) -> None:
