@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from shared.specs import InferSpec, TrainSpec
+from shared.specs import GENERATIVE, InferSpec, TrainSpec
 
 MIB = 1024**2
 RUNTIME = 512 * MIB
@@ -69,7 +69,8 @@ def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None)
 
     ``P`` is all parameters and ``T`` the trainable ones. Per token and layer, backward keeps about
     ten hidden-sized tensors (norms, q, k, v, attention, dropout, residuals) and two of the MLP's
-    inner size, three where it is gated; attention itself is recomputed in blocks (SDPA).
+    inner size, three where it is gated; attention itself is recomputed in blocks (SDPA). A language
+    model also keeps what its loss is made of, for every token and word of its vocabulary.
 
     Args:
         shape: The model.
@@ -84,7 +85,15 @@ def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None)
     per_token = 10 * shape.hidden + (3 if shape.gated_mlp else 2) * shape.intermediate
     activations = shape.layers * rows * length * per_token * element
     embeddings = rows * length * shape.hidden * element * 2
-    return FP32 * shape.parameters + 12 * trainable + activations + embeddings + RUNTIME
+    logits = rows * length * _logits_bytes(shape, spec.task)
+    if spec.task == "embeddings":  # both texts of a pair go through the model together
+        activations, embeddings = 2 * activations, 2 * embeddings
+    return FP32 * shape.parameters + 12 * trainable + activations + embeddings + logits + RUNTIME
+
+
+def _logits_bytes(shape: ModelShape, task: str) -> int:
+    """For each token of a language model: logits in fp32, their log-softmax, and its gradient."""
+    return 3 * FP32 * shape.vocabulary if task in (*GENERATIVE, "fill-mask") else 0
 
 
 def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None) -> int:
@@ -101,7 +110,7 @@ def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None
     per_token = 10 * shape.hidden + 3 * shape.intermediate
     working = spec.batch_size * length * per_token * element
     total = shape.parameters * element + working + RUNTIME
-    if spec.task == "text-generation":
+    if spec.task in GENERATIVE:
         whole = min(length + spec.sampling.max_new_tokens, shape.positions)
         cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * element
         # Logits are kept once as computed and once in fp32 for sampling.

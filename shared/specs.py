@@ -26,6 +26,18 @@ class Strict(BaseModel):
 Accelerator = Literal["auto", "cpu", "cuda"]
 Feature = Literal["bf16", "fp8"]
 Precision = Literal["auto", "fp32", "bf16"]
+Task = Literal[
+    "text-classification",
+    "token-classification",
+    "text2text",
+    "summarization",
+    "text-generation",
+    "fill-mask",
+    "embeddings",
+]
+"""As Transformers names them. ``summarization`` is ``text2text`` by the name its users look for."""
+SEQ2SEQ: frozenset[str] = frozenset({"text2text", "summarization"})
+GENERATIVE: frozenset[str] = SEQ2SEQ | {"text-generation"}
 
 
 class Resources(Strict):
@@ -78,18 +90,47 @@ class _Job(Strict):
     )
 
 
-class TextColumns(Strict):
-    text: str = "text"
-    label: str = "label"
+class Columns(Strict):
+    """Where each part of an example is. Only those that the task reads may be named."""
+
+    text: str = Field(
+        "text", description="Classification, text2text, fill-mask, embeddings, plain text."
+    )
+    label: str = Field(
+        "label", description="A name or whole number; a list for multi-label; a number."
+    )
+    tokens: str = Field("tokens", description="token-classification: the words.")
+    tags: str = Field(
+        "tags", description="token-classification: a tag a word, such as B-PER or NOUN."
+    )
+    target: str = Field("target", description="text2text: the text to be written.")
+    positive: str = Field("positive", description="embeddings: a text that belongs to `text`.")
+    prompt: str = Field("prompt", description="text-generation: what is given; not learned.")
+    completion: str = Field("completion", description="text-generation: what is learned.")
+    messages: str = Field(
+        "messages", description="text-generation: a chat; assistant turns are learned."
+    )
+
+
+TASK_COLUMNS: dict[str, tuple[str, ...]] = {
+    "text-classification": ("text", "label"),
+    "token-classification": ("tokens", "tags"),
+    "text2text": ("text", "target"),
+    "summarization": ("text", "target"),
+    "text-generation": ("messages", "prompt", "completion", "text"),
+    "fill-mask": ("text",),
+    "embeddings": ("text", "positive"),
+}
+"""The columns that each task reads; for text-generation the first that a row has decides its form."""
 
 
 class TrainData(Strict):
-    """Labelled JSONL: one object a line. A reference is `file_…` (uploaded) or a path."""
+    """JSONL, one object a line. A reference is `file_…` (uploaded) or a path."""
 
     train: str = Field(min_length=1, max_length=4096)
     validation: str | None = Field(None, min_length=1, max_length=4096)
     validation_split: float | None = Field(None, gt=0, lt=1)
-    columns: TextColumns = TextColumns()
+    columns: Columns = Columns()
 
     @model_validator(mode="after")
     def _one_validation_source(self) -> Self:
@@ -142,15 +183,40 @@ class Checkpointing(Strict):
     keep: int = Field(2, ge=1, le=100, description="How many of the newest are kept.")
 
 
+Problem = Literal["single-label", "multi-label", "regression"]
+
+
 class TrainSpec(_Job):
-    """Fine-tune a model on labelled text with DDP over ``resources.devices`` ranks."""
+    """Fine-tune a model with DDP over ``resources.devices`` ranks."""
 
     kind: Literal["train"] = "train"
-    task: Literal["text-classification"]
+    task: Task
+    problem: Problem = Field(
+        "single-label", description="text-classification: one label a text, any number, or a score."
+    )
     method: Literal["full"] = "full"
     data: TrainData
     hyperparameters: Hyperparameters = Hyperparameters()
     checkpoint: Checkpointing = Checkpointing()
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> Self:
+        if self.problem != "single-label" and self.task != "text-classification":
+            raise ValueError(f"problem '{self.problem}' does not apply to task '{self.task}'")
+        reads = TASK_COLUMNS[self.task]
+        for name in self.data.columns.model_fields_set:
+            if name not in reads:
+                raise ValueError(
+                    f"data.columns.{name} does not apply to task '{self.task}', which reads "
+                    f"{', '.join(reads)}"
+                )
+        smoothing = self.hyperparameters.label_smoothing
+        if smoothing and (self.problem != "single-label" or self.task == "embeddings"):
+            raise ValueError(
+                "label_smoothing spreads one right label over the others: it does not apply to "
+                + (f"problem '{self.problem}'" if self.task != "embeddings" else "embeddings")
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_splits_over_ranks(self) -> Self:
@@ -194,20 +260,34 @@ class Generation(Strict):
         return self
 
 
+class Embedding(Strict):
+    """How the vectors of a text's tokens become one."""
+
+    pooling: Literal["auto", "mean", "cls"] = Field(
+        "auto", description="auto: as the model's folder says (1_Pooling), else the mean."
+    )
+    normalize: bool = Field(True, description="To length 1, so that a dot product is the cosine.")
+
+
 class InferSpec(_Job):
     """Run a model over the rows of a JSONL file (or inline rows) and keep every answer."""
 
     kind: Literal["infer"] = "infer"
-    task: Literal["text-generation", "text-classification"]
+    task: Task
     input: str | None = Field(
         None, min_length=1, max_length=4096, description="`file_…` (uploaded) or a path to JSONL."
     )
     rows: tuple[dict[str, Any], ...] | None = Field(None, min_length=1, max_length=10_000)
     text_column: str | None = Field(
-        None, description="Where the text is. Default: `prompt` or `messages`, and `text`."
+        None,
+        description="Where the text is. Default: `text`; `prompt` or `messages` for text-generation; "
+        "`tokens` (words) or `text` for token-classification.",
     )
     generation: Generation | None = None
-    top_k_labels: int = Field(1, ge=1, le=1000, description="Labels returned a row, best first.")
+    embedding: Embedding | None = None
+    top_k_labels: int = Field(
+        1, ge=1, le=1000, description="Labels a text or tokens a mask gets, best first."
+    )
     batch_size: int = Field(32, ge=1, le=4096, description="Rows computed together, at most.")
     shard_rows: int = Field(64, ge=1, le=100_000, description="Rows committed together.")
     max_length: int | None = Field(None, ge=4, description="Tokens of input a row may have.")
@@ -221,8 +301,10 @@ class InferSpec(_Job):
     def _no_contradiction(self) -> Self:
         if (self.input is None) == (self.rows is None):
             raise ValueError("give exactly one of input (a file) and rows (inline)")
-        if self.generation is not None and self.task != "text-generation":
+        if self.generation is not None and self.task not in GENERATIVE:
             raise ValueError(f"generation options do not apply to task '{self.task}'")
+        if self.embedding is not None and self.task != "embeddings":
+            raise ValueError(f"embedding options do not apply to task '{self.task}'")
         if self.resources.devices != 1:
             raise ValueError("an inference job runs on one device: resources.devices must be 1")
         return self

@@ -7,21 +7,20 @@ job's.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from scheduler.submission.paths import allowed_data_file, printable, readable_file
 from shared import ids
 from shared.errors import DataError
+from shared.examples import read_examples
 from shared.messages import Shard
+from shared.records import BadRow
 from shared.resolved import ResolvedInput
 from shared.rows import MAX_LINE_BYTES, cut_into_shards
 from shared.settings import Settings
-from shared.specs import InferSpec, TextColumns, TrainSpec
+from shared.specs import InferSpec, TrainSpec
 from shared.store import Store, read
 
 _LINE_LIMIT = 8 * MAX_LINE_BYTES
@@ -40,36 +39,37 @@ class Inputs:
 
 
 @dataclass(slots=True)
-class _Labelled:
-    """What a scan of labelled data found."""
+class _Scanned:
+    """What a scan of training data found."""
 
     rows: int = 0
     whole: bool = True
     """Not cut short by the scan limit."""
     longest: int = 0
     labels: dict[str, int] = field(default_factory=dict)
-    """Label: the line it was first seen on."""
-    counts: Counter[str] = field(default_factory=Counter)
+    """Label or tag: the line it was first seen on."""
+    counts: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    """Rows by their labels: a split takes its share of each."""
 
 
 def resolve_training_data(store: Store, settings: Settings, spec: TrainSpec) -> Inputs:
     """The files of a training job, read through up to ``settings.max_scan_bytes`` each.
 
     Raises:
-        DataError: missing, unreadable, no rows, fewer than two labels, a line that is no JSON
-            object, lacks a column or has the wrong type in one, a label that training lacks.
+        DataError: missing, unreadable, no rows, fewer than two labels, a row that the task cannot
+            read, a label that training lacks.
         PathNotAllowed: outside the allowed folders.
     """
-    limit, columns = settings.max_scan_bytes, spec.data.columns
+    limit = settings.max_scan_bytes
     train_path, train_name = find_file(store, settings, spec.data.train, param="data.train")
-    train = _scan(train_path, train_name, columns, limit, param="data.train")
+    train = _scan(train_path, train_name, spec, limit, param="data.train")
     _check_training(train, train_name, spec)
     files = {"train": _resolved(train_path, train)}
     longest = train.longest if train.whole else None
     if spec.data.validation is not None:
         param = "data.validation"
         path, name = find_file(store, settings, spec.data.validation, param=param)
-        found = _scan(path, name, columns, limit, param=param)
+        found = _scan(path, name, spec, limit, param=param)
         _check_validation(found, name, train)
         files["validation"] = _resolved(path, found)
         whole = longest is not None and found.whole
@@ -121,27 +121,21 @@ def find_file(store: Store, settings: Settings, reference: str, *, param: str) -
     return path, printable(file.name)
 
 
-def _resolved(path: Path, found: _Labelled) -> ResolvedInput:
+def _resolved(path: Path, found: _Scanned) -> ResolvedInput:
     rows = found.rows if found.whole else None
     return ResolvedInput(path=str(path), size=path.stat().st_size, rows=rows)
 
 
-def _check_training(train: _Labelled, name: str, spec: TrainSpec) -> None:
+def _check_training(train: _Scanned, name: str, spec: TrainSpec) -> None:
     if not train.rows:
         raise DataError(f"'{name}' has no rows", param="data.train")
     if not train.whole:
         return
-    if len(train.labels) < 2:
-        only = next(iter(train.labels))
-        raise DataError(
-            f"'{name}' has only one label ('{printable(only, 60)}'): there is nothing to learn",
-            param="data.train",
-            hint=f"Check that column '{spec.data.columns.label}' is the label.",
-        )
+    _check_labels(train, name, spec)
     split = spec.data.validation_split
     # Split off label by label, as the training rank does.
     if split is not None and not any(
-        min(round(count * split), count - 1) for count in train.counts.values()
+        min(round(count * split), count - 1) for count in _strata(train, spec)
     ):
         raise DataError(
             f"validation_split {split:g} of {train.rows} rows leaves none for validation",
@@ -150,7 +144,43 @@ def _check_training(train: _Labelled, name: str, spec: TrainSpec) -> None:
         )
 
 
-def _check_validation(found: _Labelled, name: str, train: _Labelled) -> None:
+def _check_labels(train: _Scanned, name: str, spec: TrainSpec) -> None:
+    least = _labels_needed(spec)
+    if len(train.labels) >= least:
+        return
+    column = spec.data.columns.tags if spec.task == "token-classification" else None
+    column = column or spec.data.columns.label
+    if not train.labels:
+        raise DataError(
+            f"'{name}' has no label in any row: there is nothing to learn",
+            param="data.train",
+            hint=f"Check that column '{column}' holds the labels.",
+        )
+    only = next(iter(train.labels))
+    raise DataError(
+        f"'{name}' has only one label ('{printable(only, 60)}'): there is nothing to learn",
+        param="data.train",
+        hint=f"Check that column '{column}' is the label.",
+    )
+
+
+def _labels_needed(spec: TrainSpec) -> int:
+    """Different labels without which there is nothing to tell apart."""
+    if spec.task == "token-classification":
+        return 2
+    if spec.task != "text-classification":
+        return 0
+    return {"single-label": 2, "multi-label": 1, "regression": 0}[spec.problem]
+
+
+def _strata(train: _Scanned, spec: TrainSpec) -> list[int]:
+    """Rows of each group that a split takes its share of: by label where a text has one."""
+    if spec.task == "text-classification" and spec.problem == "single-label":
+        return list(train.counts.values())
+    return [train.rows]
+
+
+def _check_validation(found: _Scanned, name: str, train: _Scanned) -> None:
     if not found.rows:
         raise DataError(f"'{name}' has no rows", param="data.validation")
     unknown = [label for label in found.labels if label not in train.labels]
@@ -163,77 +193,29 @@ def _check_validation(found: _Labelled, name: str, train: _Labelled) -> None:
         )
 
 
-def _scan(path: Path, name: str, columns: TextColumns, limit: int, *, param: str) -> _Labelled:
-    found = _Labelled()
-    for number, line in _lines(path, name, limit, found, param=param):
-        where = f"'{name}' line {number}"
-        text, label = _labelled(line, where, columns, number == 1, param=param)
-        found.rows += 1
-        found.longest = max(found.longest, len(text.encode(errors="replace")))
-        found.labels.setdefault(label, number)
-        found.counts[label] += 1
-    return found
-
-
-def _lines(
-    path: Path, name: str, limit: int, found: _Labelled, *, param: str
-) -> Iterator[tuple[int, bytes]]:
-    read_bytes = number = 0
-    with path.open("rb") as file:
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"'{name}' line {number} is longer than {MAX_LINE_BYTES} bytes", param=param
-                )
-            if line.strip():
-                yield number, line
-            read_bytes += len(line)
-            if read_bytes >= limit:
-                found.whole = not file.read(1)
-                return
-
-
-def _labelled(
-    line: bytes, where: str, columns: TextColumns, first: bool, *, param: str
-) -> tuple[str, str]:
+def _scan(path: Path, name: str, spec: TrainSpec, limit: int, *, param: str) -> _Scanned:
+    found, seen, size = _Scanned(), 0, path.stat().st_size
     try:
-        row: Any = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
+        for placed in read_examples(path, spec):
+            example = placed.example
+            found.rows += 1
+            found.longest = max(found.longest, example.size)
+            for label in example.labels:
+                found.labels.setdefault(label, placed.line)
+            if spec.task == "text-classification":
+                found.counts[example.labels] += 1
+            seen += placed.size
+            if seen >= limit:
+                found.whole = seen >= size
+                break
+    except BadRow as problem:
+        where = f"'{name}' line {problem.line}" if problem.line else f"'{name}'"
         raise DataError(
-            f"{where} is not UTF-8 (byte {error.start})",
-            param=param,
-            hint="Save the file as UTF-8.",
+            f"{where}: {printable(problem.message, 400)}", param=param, hint=problem.hint
         ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where} is no JSON: {error.msg} at column {error.colno}",
-            param=param,
-            hint="The file must be JSONL: one JSON object a line.",
-        ) from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{where} is no JSON that can be read", param=param) from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is no JSON object but {_kind(row)}", param=param)
-    for column, key in ((columns.text, "text"), (columns.label, "label")):
-        if column not in row:
-            has = ", ".join(printable(str(k), 40) for k in list(row)[:8]) or "nothing"
-            raise DataError(
-                f"{where} has no column '{printable(column, 60)}'; it has {has}",
-                param=param,
-                hint=f'Name your column with data.columns: {{"{key}": "<your column>"}}.',
-            )
-    text, label = row[columns.text], row[columns.label]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{where}: column '{columns.text}' must be a string, not {_kind(text)}", param=param
-        )
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        raise DataError(
-            f"{where}: column '{columns.label}' must be a string or an integer, not {_kind(label)}",
-            param=param,
-        )
-    return text, str(label)
+    except OSError as error:
+        raise DataError(f"'{name}' cannot be read: {error.strerror}", param=param) from None
+    return found
 
 
 def _longest_line(path: Path) -> int:
@@ -251,8 +233,3 @@ def _longest_line(path: Path) -> int:
                 )
                 current = len(rest[-1])
     return max(longest, current)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")

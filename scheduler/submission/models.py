@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from scheduler.footprint import ModelShape
+from scheduler.submission.architectures import SEQ2SEQ_TYPES, why_unsuitable
 from scheduler.submission.paths import inside, printable, resolved
 from scheduler.submission.weights import read_tensors
 from shared import ids
@@ -34,15 +35,6 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-_ENCODERS = """
-    albert bert big_bird camembert convbert data2vec-text deberta deberta-v2
-    distilbert electra ernie esm eurobert flaubert fnet ibert layoutlm longformer
-    megatron-bert mobilebert modernbert mpnet nezha nystromformer rembert roberta
-    roberta-prelayernorm roformer squeezebert xlm xlm-roberta xlm-roberta-xl xmod
-    yoso
-"""
-ENCODERS = frozenset(_ENCODERS.split())
-"""Model types that read a text whole: what can be fine-tuned under a classification head."""
 _CONFIG_LIMIT = 16 * 1024 * 1024
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -195,33 +187,10 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _check_task(config: dict[str, Any], spec: TrainSpec | InferSpec) -> None:
-    made_as = [str(a) for a in config.get("architectures") or ()]
-    kind = str(config.get("model_type") or "")
-    what = made_as[0] if made_as else kind or "an unknown architecture"
-    name = printable(spec.model)
-    if spec.task == "text-generation":
-        causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in made_as)
-        # BERT and kin carry `is_decoder: false` and see the future under such a head, too.
-        if not causal or (kind in ENCODERS and not config.get("is_decoder")):
-            raise UnsupportedModel(
-                f"model '{name}' is {what} and cannot generate text",
-                param="model",
-                hint="Choose a causal language model (GPT, Llama and kin).",
-            )
-        return
-    classifier = any(a.endswith("ForSequenceClassification") for a in made_as)
-    if spec.kind == "infer" and not classifier:
-        raise UnsupportedModel(
-            f"model '{name}' is {what}: it has no trained classification head",
-            param="model",
-            hint="Fine-tune it for text-classification first and use `job:<id>` of that job.",
-        )
-    if spec.kind == "train" and not classifier and kind not in ENCODERS:
-        raise UnsupportedModel(
-            f"model '{name}' is {what}: text-classification needs a BERT-type encoder",
-            param="model",
-            hint="For instance bert, distilbert, roberta, electra, mpnet or modernbert.",
-        )
+    if (problem := why_unsuitable(config, spec)) is not None:
+        what, hint = problem
+        message = f"model '{printable(spec.model)}' is {what}"
+        raise UnsupportedModel(message, param="model", hint=hint)
 
 
 def _shape(config: dict[str, Any], tensors: tuple[tuple[str, int], ...], stored: int) -> ModelShape:
@@ -231,18 +200,27 @@ def _shape(config: dict[str, Any], tensors: tuple[tuple[str, int], ...], stored:
         return next(usable, default)
 
     hidden = number("hidden_size", "n_embd", "d_model", "dim", default=768)
-    heads = number("num_attention_heads", "n_head", "n_heads", default=12)
+    heads = number("num_attention_heads", "n_head", "n_heads", "num_heads", default=12)
+    layers = number("num_hidden_layers", "n_layer", "n_layers", "num_layers", default=12)
+    if config.get("model_type") in SEQ2SEQ_TYPES:
+        layers += number("num_decoder_layers", "decoder_layers", default=layers)
     return ModelShape(
         tensors=tensors,
         weight_bytes=stored,
         model_type=str(config.get("model_type") or ""),
         hidden=hidden,
-        layers=number("num_hidden_layers", "n_layer", "n_layers", "num_layers", default=12),
+        layers=layers,
         heads=heads,
         kv_heads=number("num_key_value_heads", default=heads),
-        head_dim=number("head_dim", default=max(1, hidden // heads)),
+        head_dim=number("head_dim", "d_kv", default=max(1, hidden // heads)),
         intermediate=number(
-            "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", default=4 * hidden
+            "intermediate_size",
+            "n_inner",
+            "hidden_dim",
+            "ffn_dim",
+            "d_ff",
+            "encoder_ffn_dim",
+            default=4 * hidden,
         ),
         vocabulary=number("vocab_size", default=32_000),
         positions=number(

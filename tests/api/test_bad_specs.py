@@ -255,14 +255,17 @@ def rows(n: int = 6) -> list[Any]:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"text": "x", "label": "a"}\n\n{"text": \n', "line 3 is no JSON"),
-        (b'{"text": "x", "label": "a"}\n[1]\n', "line 2 is no JSON object but a list"),
-        (b'{"text": "x", "label": "a"}\n{"text": "y"}\n', "line 2 has no column 'label'"),
-        (b'{"txt": "x", "label": "a"}\n', "line 1 has no column 'text'; it has txt, label"),
+        (b'{"text": "x", "label": "a"}\n\n{"text": \n', "line 3: no JSON"),
+        (b'{"text": "x", "label": "a"}\n[1]\n', "line 2: no JSON object but a list"),
+        (b'{"text": "x", "label": "a"}\n{"text": "y"}\n', "line 2: there is no column 'label'"),
+        (
+            b'{"txt": "x", "label": "a"}\n',
+            "line 1: there is no column 'text'; the row has 'txt', 'label'",
+        ),
         (b'{"text": 5, "label": "a"}\n', "line 1: column 'text' must be a string, not a number"),
         (b'{"text": "x", "label": 0.5}\n', "column 'label' must be a string or an integer"),
         (b'{"text": "x", "label": true}\n', "not a boolean"),
-        (b'{"text": "x", "label": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
+        (b'{"text": "x", "label": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
         (b"", "has no rows"),
         (b"\n \n", "has no rows"),
         (b'{"text": "x", "label": "a"}\n' * 3, "only one label ('a')"),

@@ -228,6 +228,8 @@ def make_assignment(
     train: Path,
     *,
     ranks: int = 1,
+    task: str = "text-classification",
+    problem: str = "single-label",
     validation: Path | None = None,
     validation_split: float | None = None,
     checkpoint: dict[str, Any] | None = None,
@@ -244,7 +246,8 @@ def make_assignment(
     spec = TrainSpec.model_validate(
         {
             "kind": "train",
-            "task": "text-classification",
+            "task": task,
+            "problem": problem,
             "model": model.name,
             "data": data,
             "hyperparameters": hyperparameters,

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +30,8 @@ from transformers.utils import logging as transformers_logging
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""What Transformers calls a classifier's ``problem_type``."""
 _JSON_LIMIT = 64 * 1024 * 1024
 _ENTRY_LIMIT = 10_000
 
@@ -65,6 +67,7 @@ def load_sequence_classifier(
     path: str | Path,
     *,
     labels: Sequence[str] | None = None,
+    problem: Problem = "single_label_classification",
     dtype: torch.dtype = torch.float32,
     dropout: float | None = None,
     seed: int = 0,
@@ -75,6 +78,7 @@ def load_sequence_classifier(
         path: The model folder, absolute.
         labels: Label names by class index. A head of another size is replaced by a fresh one; None
             keeps the labels of the folder.
+        problem: With ``labels``: what Transformers calls ``problem_type``.
         dropout: Overrides every dropout probability of the model.
         seed: A fresh head is a function of the model's architecture, ``labels`` and this alone.
 
@@ -86,7 +90,7 @@ def load_sequence_classifier(
     if labels is not None:
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: index for index, name in enumerate(labels)}
-        config.problem_type = "single_label_classification"
+        config.problem_type = problem
     if dropout is not None:
         _override_dropout(config, dropout)
     # The global generator is left as it was found: an engine loads while others sample.

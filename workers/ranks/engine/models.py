@@ -6,13 +6,13 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shared.errors import ModelNotFound, UnsupportedModel
+from shared.specs import Task
 from workers.ranks.engine.device import release_unused
 from workers.ranks.engine.rewrite import rewrite_for_speed
 from workers.ranks.engine.runners import measure_slots
@@ -23,8 +23,6 @@ from workers.ranks.loading import (
     load_sequence_classifier,
     load_tokenizer,
 )
-
-Task = Literal["text-generation", "text-classification"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,23 +14,17 @@ from transformers import PreTrainedModel
 from shared.lifecycle import FailureClass
 from shared.messages import Done, Failed, Ready, TrainAssignment
 from workers.ranks.loading import LoadError
-from workers.ranks.train.data import LabelledTexts, find_labels, read_texts, split
 from workers.ranks.train.deliver import deliver
 from workers.ranks.train.device import Compute, open_device
-from workers.ranks.train.evaluate import Evaluation, by_label
+from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Stopped, TrainingFailed, explain
 from workers.ranks.train.gang import join
 from workers.ranks.train.loop import Trainer
-from workers.ranks.train.model import (
-    Loaded,
-    freeze,
-    load,
-    make_optimizer,
-    order_labels,
-)
+from workers.ranks.train.model import freeze, make_optimizer
 from workers.ranks.train.order import BatchPlan, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
 from workers.ranks.train.reports import RankChannel, Reporter
+from workers.ranks.train.rows import split
 from workers.ranks.train.schedule import Schedule, make_schedule
 from workers.ranks.train.state import (
     Position,
@@ -39,6 +33,8 @@ from workers.ranks.train.state import (
     require_agreement,
     resume,
 )
+from workers.ranks.train.tasks import Task, open_task
+from workers.ranks.train.tasks.base import Evaluation
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 3
 """Exit codes. ``STOPPED``: the worker ordered it, or is gone."""
@@ -69,23 +65,20 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     gang = join(assignment, compute, reporter)
 
     began = time.monotonic()
-    model_path = Path(assignment.model_path)
-    labels = order_labels(find_labels(Path(assignment.train_path), spec.data.columns), model_path)
-    loaded = load(model_path, labels, options)
-    training, validation = _read(assignment, loaded)
+    task = open_task(spec, Path(assignment.model_path), Path(assignment.train_path))
+    training, validation = _read(assignment, task)
     plan, schedule = _plan(assignment, len(training))
-    pad = loaded.tokenizer.pad_token_id
-    _require_fitting_tokenizer(loaded, training, validation)
+    model = task.loaded.model
+    _require_fitting_tokenizer(model, training, validation)
 
-    model = loaded.model
     model.to(compute.device)  # type: ignore[arg-type]
     frozen = freeze(model, options.freeze)
-    unused = set_aside_unused(model, warm_up_batch(training, plan, pad, compute), compute)
+    unused = set_aside_unused(task, model, warm_up_batch(task, training, plan, compute), compute)
     optimizer = make_optimizer(model, options)
     own = fingerprint(spec, training.digest(), model)
     require_agreement(gang, own)
-    _say_what(reporter, assignment, loaded, compute, frozen, unused)
-    _say_how_much(reporter, training, validation, labels, plan)
+    _say_what(reporter, assignment, task, compute, frozen, unused)
+    _say_how_much(reporter, training, validation, task, plan)
 
     resumed = resume(assignment, model, optimizer, own, gang, reporter)
     position = resumed.position if resumed else Position()
@@ -96,14 +89,13 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         )
     trainer = Trainer(
         spec=spec,
+        task=task,
         model=model,
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
-        labels=labels,
         training=training,
         validation=validation,
-        pad=pad,
         compute=compute,
         gang=gang,
         reporter=reporter,
@@ -120,26 +112,18 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     summary: dict[str, Any] = {}
     if gang.rank == 0:
         summary = _summary(plan, position, evaluation, resumed, first, seconds)
-        _deliver(assignment, loaded, plan, position, evaluation, summary, compute, reporter)
+        _deliver(assignment, task, plan, position, evaluation, summary, compute, reporter)
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
 
 
-def _read(
-    assignment: TrainAssignment, loaded: Loaded
-) -> tuple[LabelledTexts, LabelledTexts | None]:
+def _read(assignment: TrainAssignment, task: Task) -> tuple[Examples, Examples | None]:
     """Training and validation data: from a file of its own, split off, or none."""
     data, seed = assignment.spec.data, assignment.spec.hyperparameters.seed
-
-    def read(path: str) -> LabelledTexts:
-        return read_texts(
-            Path(path), data.columns, loaded.labels, loaded.tokenizer, loaded.max_length
-        )
-
-    training = read(assignment.train_path)
+    training = task.read(Path(assignment.train_path))
     if assignment.validation_path is not None:
-        return training, read(assignment.validation_path)
+        return training, task.read(Path(assignment.validation_path))
     if data.validation_split is not None:
-        return split(training, data.validation_split, seed)
+        return split(training, data.validation_split, seed, by=task.split_by)
     return training, None
 
 
@@ -165,10 +149,10 @@ def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedu
 
 
 def _require_fitting_tokenizer(
-    loaded: Loaded, training: LabelledTexts, validation: LabelledTexts | None
+    model: PreTrainedModel, training: Examples, validation: Examples | None
 ) -> None:
     largest = max(training.largest_token, validation.largest_token if validation else 0)
-    known = _vocabulary(loaded.model)
+    known = _vocabulary(model)
     if largest >= known:
         raise LoadError(
             "model_unsuitable",
@@ -186,18 +170,17 @@ def _vocabulary(model: PreTrainedModel) -> int:
 def _say_what(
     reporter: Reporter,
     assignment: TrainAssignment,
-    loaded: Loaded,
+    task: Task,
     compute: Compute,
     frozen: int,
     unused: int,
 ) -> None:
-    model = loaded.model
-    head = "a new classification head" if loaded.fresh_head else "its own classification head"
+    model = task.loaded.model
     aside = (f", {frozen:,} frozen" if frozen else "") + (f", {unused:,} unused" if unused else "")
     reporter.say(
         f"model {Path(assignment.model_path).name}: {type(model).__name__}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters{aside}, {head} for "
-        f"{len(loaded.labels)} labels"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters{aside}, "
+        f"{task.loaded.head}"
     )
     reporter.say(
         f"device {assignment.device.id} ({compute.device.type}), precision {compute.precision}, "
@@ -208,14 +191,15 @@ def _say_what(
 
 def _say_how_much(
     reporter: Reporter,
-    training: LabelledTexts,
-    validation: LabelledTexts | None,
-    labels: tuple[str, ...],
+    training: Examples,
+    validation: Examples | None,
+    task: Task,
     plan: BatchPlan,
 ) -> None:
+    labels = f", {len(task.loaded.labels)} labels" if task.loaded.labels else ""
     reporter.say(
         f"data: {len(training):,} training and {len(validation) if validation else 0:,} validation "
-        f"examples, {len(labels)} labels; tokens an example: median "
+        f"examples{labels}; tokens an example: median "
         f"{int(np.median(training.lengths))}, longest {int(training.lengths.max())}"
         + (f"; {training.cut.sum():,} cut to that" if training.cut.any() else "")
     )
@@ -247,7 +231,7 @@ def _summary(
     return {
         "steps": position.step,
         "epochs": position.step / plan.steps_per_epoch,
-        "metrics": evaluation.values() if evaluation else {},
+        "metrics": evaluation.values if evaluation else {},
         "seconds": round(seconds, 3),
         "examples_per_second": round(examples / max(1e-9, seconds), 3),
         "resumed_from": {"checkpoint": resumed.checkpoint.id, "step": resumed.checkpoint.step}
@@ -258,7 +242,7 @@ def _summary(
 
 def _deliver(
     assignment: TrainAssignment,
-    loaded: Loaded,
+    task: Task,
     plan: BatchPlan,
     position: Position,
     evaluation: Evaluation | None,
@@ -268,18 +252,27 @@ def _deliver(
 ) -> None:
     metrics = {
         **summary,
-        "labels": list(loaded.labels),
+        "labels": list(task.loaded.labels),
         "global_batch": plan.global_batch,
         "training_seconds": round(position.seconds, 3),
         "peak_memory_bytes": compute.peak_memory(),
         "evaluations": position.evaluations,
-        "best": max(position.evaluations, key=lambda entry: entry["accuracy"], default=None),
-        "per_class": by_label(evaluation, loaded.labels) if evaluation else {},
+        "best": _best(position, task),
+        **(evaluation.details if evaluation else {}),
     }
     artifacts = Path(assignment.work_dir) / "artifacts"
-    for file in deliver(artifacts, loaded.model, loaded.tokenizer, metrics):
+    for file in deliver(artifacts, task.loaded.model, task.loaded.tokenizer, metrics):
         reporter.artifact(artifacts, file)
     reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")
+
+
+def _best(position: Position, task: Task) -> dict[str, float] | None:
+    """The evaluation with the best value of the task's own metric."""
+    best: dict[str, float] | None = None
+    for entry in position.evaluations:
+        if best is None or task.is_better(entry[task.best], best[task.best]):
+            best = entry
+    return best
 
 
 def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -21,16 +20,17 @@ from shared.lifecycle import FailureClass
 from shared.messages import CheckpointWritten, Metric, Progress
 from shared.specs import TrainSpec
 from workers.ranks.checkpoint import CheckpointWriter, Written
-from workers.ranks.train.data import LabelledTexts
 from workers.ranks.train.device import Compute
-from workers.ranks.train.evaluate import Evaluation, evaluate
+from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import BatchPlan, Indices, derive, epoch_order, micro_batches
-from workers.ranks.train.parallel import batch_loss, parallelise, warm_up_batch
+from workers.ranks.train.parallel import parallelise, warm_up_batch
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.schedule import Schedule
 from workers.ranks.train.state import Fingerprint, Position, describe, snapshot
+from workers.ranks.train.tasks import Task
+from workers.ranks.train.tasks.base import Evaluation
 
 _TRAIN_METRICS = 100
 """Training metrics kept over a whole training, about."""
@@ -43,14 +43,13 @@ class Trainer:
         self,
         *,
         spec: TrainSpec,
+        task: Task,
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
         plan: BatchPlan,
-        labels: Sequence[str],
-        training: LabelledTexts,
-        validation: LabelledTexts | None,
-        pad: int,
+        training: Examples,
+        validation: Examples | None,
         compute: Compute,
         gang: Gang,
         reporter: Reporter,
@@ -59,24 +58,22 @@ class Trainer:
     ) -> None:
         self._spec = spec
         self._options = spec.hyperparameters
+        self._task = task
         self._model = model
         self._optimizer = optimizer
         self._trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._schedule = schedule
         self._plan = plan
-        self._labels = labels
         self._training = training
         self._validation = validation
-        self._pad = pad
         self._compute = compute
         self._gang = gang
         self._reporter = reporter
         self._fingerprint = fingerprint
         self._writer = CheckpointWriter(checkpoints, self._checkpoint_written)
         self._blocked = 0.0
-        self._wrapped = parallelise(
-            model, warm_up_batch(training, plan, pad, compute), compute, gang
-        )
+        warm_up = warm_up_batch(task, training, plan, compute)
+        self._wrapped = parallelise(task, model, warm_up, compute, gang)
         self._order: tuple[int, Indices] | None = None
 
     def run(self, position: Position) -> Evaluation | None:
@@ -140,8 +137,11 @@ class Trainer:
         """One update from one global batch: (its mean loss, the gradient's norm, its tokens).
 
         Every rank computes its micro-batches and scales each loss so that DDP's mean over the ranks
-        is the mean over the examples of the global batch, also where that is a partial one.
+        is the mean over the weights of the global batch (its examples, or its predicted tokens), also
+        where that is a partial one.
         """
+        weight = max(1, int(self._training.weights[indices].sum()))
+        masks = derive(self._options.seed, "masks", step)
         loss = torch.zeros((), device=self._compute.device)
         tokens = 0
         parts = micro_batches(indices, self._plan, self._gang.rank)
@@ -149,13 +149,12 @@ class Trainer:
             last = number + 1 == len(parts)
             # A rank with nothing left to do of a partial batch computes some example for nothing:
             # the others wait for it in this step's all-reduce.
-            batch = self._training.batch(part if len(part) else indices[:1], self._pad)
+            chosen = part if len(part) else indices[:1]
+            batch = self._task.batch(self._training, chosen, masks).to(self._compute.device)
             self._compute.seed(derive(self._options.seed, "dropout", step, self._gang.rank, number))
             with nullcontext() if last else self._without_sync():
-                total = batch_loss(
-                    self._wrapped, batch, self._compute, self._options.label_smoothing
-                ) * (len(part) > 0)
-                scaled = total * (self._gang.world_size / len(indices))
+                total = self._task.loss(self._wrapped, batch, self._compute) * (len(part) > 0)
+                scaled = total * (self._gang.world_size / weight)
                 scaled.backward()  # type: ignore[no-untyped-call]
             loss += total.detach()
             tokens += batch.tokens if len(part) else 0
@@ -163,7 +162,7 @@ class Trainer:
         # The gradients are all-reduced, so their norm, and what is decided by it, is every rank's.
         norm = float(nn.utils.clip_grad_norm_(self._trained, math.inf if limit is None else limit))
         loss_sum, token_sum = self._gang.sum([float(loss), tokens])
-        mean = loss_sum / len(indices)
+        mean = loss_sum / weight
         if not math.isfinite(mean) or not math.isfinite(norm):
             raise _diverged(step, mean, norm)
         rate = self._schedule.rate(step)
@@ -199,21 +198,19 @@ class Trainer:
         if self._validation is None:
             return None
         began = time.monotonic()
-        evaluation = evaluate(
+        evaluation = self._task.evaluate(
             self._model,
             self._validation,
-            classes=len(self._labels),
             batch_size=max(self._plan.micro_batch, 16),
-            pad=self._pad,
             compute=self._compute,
             gang=self._gang,
         )
-        values = evaluation.values()
+        values = evaluation.values
         position.evaluations.append({"step": position.step, **values})
         self._reporter.metric(Metric(split="validation", step=position.step, values=values))
+        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
         self._reporter.say(
-            f"validation at step {position.step}: loss {evaluation.loss:.4f}, accuracy "
-            f"{evaluation.accuracy:.4f}, macro F1 {evaluation.macro_f1:.4f} "
+            f"validation at step {position.step}: {shown} "
             f"({len(self._validation):,} examples in {time.monotonic() - began:.1f} s)"
         )
         return evaluation

@@ -1,0 +1,195 @@
+"""Reading the examples of a training file, in chunks that are tokenised together."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from shared.examples import Placed, read_examples
+from shared.records import BadRow
+from shared.specs import TrainSpec
+from workers.ranks.train.examples import Examples, Ragged
+from workers.ranks.train.failures import DataProblem
+from workers.ranks.train.order import derive
+
+_TOKENISED_TOGETHER = 1024
+_SHOWN_LABELS = 8
+
+
+def read_rows(path: Path, spec: TrainSpec) -> Iterator[Placed]:
+    """The examples of a file.
+
+    Raises:
+        DataProblem: the file cannot be read, or a row is malformed: names its line.
+    """
+    try:
+        yield from read_examples(path, spec)
+    except BadRow as problem:
+        raise DataProblem(
+            problem.code,
+            problem.message,
+            name=path.name,
+            line=problem.line or None,
+            hint=problem.hint,
+        ) from None
+    except OSError as error:
+        raise DataProblem(
+            "data_unreadable", f"cannot be read: {error.strerror}", name=path.name
+        ) from error
+
+
+def read_chunks(path: Path, spec: TrainSpec) -> Iterator[list[Placed]]:
+    """The same, many at a time.
+
+    Raises:
+        DataProblem: as ``read_rows``, and where there is no row.
+    """
+    chunk: list[Placed] = []
+    none = True
+    for row in read_rows(path, spec):
+        chunk.append(row)
+        none = False
+        if len(chunk) == _TOKENISED_TOGETHER:
+            yield chunk
+            chunk = []
+    if none:
+        raise DataProblem("no_rows", "the file has no rows", name=path.name)
+    if chunk:
+        yield chunk
+
+
+def find_labels(path: Path, spec: TrainSpec, *, at_least: int) -> tuple[str, ...]:
+    """The label or tag names of a training file, sorted: as numbers where all are whole numbers.
+
+    Raises:
+        DataProblem: as ``read_rows``, no row, or fewer than ``at_least`` different labels.
+    """
+    numeric: dict[str, bool] = {}
+    rows = 0
+    for placed in read_rows(path, spec):
+        rows += 1
+        number = bool(getattr(placed.example, "number", False))
+        for label in placed.example.labels:
+            numeric[label] = number and numeric.get(label, True)
+    if not rows:
+        raise DataProblem("no_rows", "the file has no rows", name=path.name)
+    if len(numeric) < at_least:
+        what = (
+            f"all rows have the label '{next(iter(numeric))}'" if numeric else "no row has a label"
+        )
+        raise DataProblem("one_label", f"{what}: there is nothing to tell apart", name=path.name)
+    if all(numeric.values()):
+        return tuple(sorted(numeric, key=int))
+    return tuple(sorted(numeric))
+
+
+def class_of(label: str, classes: Mapping[str, int], path: Path, line: int) -> int:
+    """The index of a label.
+
+    Raises:
+        DataProblem: the training data has no such label.
+    """
+    index = classes.get(label)
+    if index is None:
+        raise DataProblem(
+            "unknown_label",
+            f"label '{label}' does not occur in the training data, which has "
+            f"{_listed(list(classes))}",
+            name=path.name,
+            line=line,
+            hint="Correct the label, or add examples of it to the training data.",
+        )
+    return index
+
+
+def tokenise(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+) -> tuple[list[list[int]], list[bool]]:
+    """Token ids of each text with its special tokens, and whether it was cut to ``max_length``."""
+    # Whole first: what a cut leaves does not say whether there was one.
+    ids: list[list[int]] = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+    cut = [len(text) > max_length for text in ids]
+    for index in [i for i, was_cut in enumerate(cut) if was_cut]:
+        ids[index] = tokenizer(texts[index], truncation=True, max_length=max_length, verbose=False)[
+            "input_ids"
+        ]
+    return ids, cut
+
+
+class Collector:
+    """Gathers examples one by one into ``Examples``."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, array[int]] = {}
+        self._ends: dict[str, array[int]] = {}
+        self._dense: dict[str, array[float]] = {}
+        self._lengths, self._weights, self._cut = array("i"), array("q"), array("b")
+
+    def add(
+        self,
+        lists: Mapping[str, Sequence[int]],
+        *,
+        length: int,
+        weight: int = 1,
+        cut: bool = False,
+        numbers: Mapping[str, float] | None = None,
+    ) -> None:
+        """One example: its lists of integers, and one number for each further column."""
+        for name, items in lists.items():
+            values = self._values.setdefault(name, array("i"))
+            values.extend(items)
+            self._ends.setdefault(name, array("q")).append(len(values))
+        for name, number in (numbers or {}).items():
+            self._dense.setdefault(name, array("d")).append(number)
+        self._lengths.append(length)
+        self._weights.append(weight)
+        self._cut.append(cut)
+
+    def done(self) -> Examples:
+        return Examples(
+            {
+                name: Ragged(np.array(values, np.int32), np.array(self._ends[name], np.int64))
+                for name, values in self._values.items()
+            },
+            {name: np.array(numbers, np.float64) for name, numbers in self._dense.items()},
+            lengths=np.array(self._lengths, np.int32),
+            weights=np.array(self._weights, np.int64),
+            cut=np.array(self._cut, np.bool_),
+        )
+
+
+def split(
+    data: Examples, fraction: float, seed: int, *, by: str | None = None
+) -> tuple[Examples, Examples]:
+    """Split off ``fraction`` for validation: (training, validation).
+
+    A function of the data and the seed. ``by`` names a dense column, the class: then the share is
+    taken of each class, and training keeps at least one example of each.
+
+    Raises:
+        DataProblem: too few examples to split off any.
+    """
+    generator = np.random.Generator(np.random.Philox(key=derive(seed, "split")))
+    classes = np.zeros(len(data)) if by is None else data.dense[by]
+    held_out = []
+    for value in np.unique(classes):
+        members = generator.permutation(np.flatnonzero(classes == value))
+        held_out.append(members[: min(round(len(members) * fraction), len(members) - 1)])
+    validation = np.sort(np.concatenate(held_out))
+    if not len(validation):
+        raise DataProblem(
+            "split_empty",
+            f"validation_split {fraction} of {len(data)} examples leaves none for validation",
+            hint="Give a larger validation_split, or more data.",
+        )
+    training = np.setdiff1d(np.arange(len(data)), validation)
+    return data.subset(training), data.subset(validation)
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:_SHOWN_LABELS])
+    return shown + (", ..." if len(names) > _SHOWN_LABELS else "") if names else "none"

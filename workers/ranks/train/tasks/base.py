@@ -1,0 +1,139 @@
+"""The seam between the training loop and the NLP tasks.
+
+A task knows how rows become examples and examples a batch, what the loss of a batch is, and how the
+model is judged. The loop knows steps, ranks, checkpoints and the optimizer, and no task.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shared.specs import TrainSpec
+from workers.ranks.train.device import Compute
+from workers.ranks.train.examples import Batch, Examples
+from workers.ranks.train.gang import Gang
+from workers.ranks.train.order import Indices, derive
+
+Sums = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model with its tokenizer, as a task has loaded them."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    """Tokens a text may have."""
+    head: str
+    """What is on top of the model, for the log: "a new classification head for 3 labels"."""
+    labels: tuple[str, ...] = ()
+    """By class index, where the task has labels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """``values`` by metric name, the loss among them; ``details`` go into ``metrics.json``."""
+
+    values: dict[str, float]
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Task(ABC):
+    """One task on one loaded model. Everything but ``open`` is a function of its arguments."""
+
+    best: ClassVar[str]
+    """The metric by which two evaluations are compared."""
+    better: ClassVar[Literal["higher", "lower"]] = "higher"
+    split_by: ClassVar[str | None] = None
+    """The dense column whose values each keep their share in a validation split."""
+
+    def __init__(self, loaded: Loaded, spec: TrainSpec) -> None:
+        self.loaded = loaded
+        self.spec = spec
+        pad = loaded.tokenizer.pad_token_id
+        self.pad = int(pad if pad is not None else loaded.tokenizer.eos_token_id or 0)
+
+    @classmethod
+    @abstractmethod
+    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:
+        """Load the model for what the training data asks of it. New parts are a function of the seed
+        alone, so all ranks make the same.
+
+        Raises:
+            LoadError, TrainingFailed: the model, or the data, cannot be used.
+        """
+
+    @abstractmethod
+    def read(self, path: Path) -> Examples:
+        """Read and tokenise a file; what is longer than ``loaded.max_length`` is cut.
+
+        Raises:
+            DataProblem: the file cannot be read, a row is malformed, or there is none.
+        """
+
+    @abstractmethod
+    def batch(self, examples: Examples, indices: Indices | Sequence[int], seed: int) -> Batch:
+        """Collate examples, padded to the longest of them.
+
+        What is random about an example (masking) is a function of ``seed`` and of its index, so that
+        it does not depend on how a global batch is cut into micro-batches.
+        """
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
+        """What training minimises, summed over the weights of the batch's examples, in fp32.
+
+        Calls ``model`` once: under DDP that is what gradients are exchanged for.
+        """
+
+    @abstractmethod
+    def measure(self, model: nn.Module, batch: Batch) -> Sums:
+        """What ``conclude`` needs of a batch, as numbers that are added up over batches and ranks.
+
+        Called in inference mode, under autocast, with the model in ``eval`` mode.
+        """
+
+    @abstractmethod
+    def conclude(self, sums: Sums) -> Evaluation:
+        """The evaluation that the sums over all batches come to."""
+
+    def evaluate(
+        self,
+        model: nn.Module,
+        examples: Examples,
+        *,
+        batch_size: int,
+        compute: Compute,
+        gang: Gang,
+    ) -> Evaluation:
+        """Judge the model, all ranks together; each gets the whole result. Leaves it training."""
+        seed = derive(self.spec.hyperparameters.seed, "evaluation")
+        by_length = np.argsort(-examples.lengths, kind="stable")
+        starts = list(range(0, len(examples), batch_size))
+        sums = np.zeros(self.sums, np.float64)
+        model.eval()
+        with torch.inference_mode(), compute.autocast():
+            for start in starts[gang.rank :: gang.world_size]:
+                batch = self.batch(examples, by_length[start : start + batch_size], seed)
+                sums += self.measure(model, batch.to(compute.device))
+        model.train()
+        return self.conclude(np.array(gang.sum(sums.tolist())))
+
+    @property
+    @abstractmethod
+    def sums(self) -> int:
+        """How many numbers ``measure`` gives."""
+
+    def is_better(self, new: float, old: float) -> bool:
+        return new > old if self.better == "higher" else new < old
