@@ -204,8 +204,9 @@ class TrainSpec(_Job):
         if self.problem != "single-label" and self.task != "text-classification":
             raise ValueError(f"problem '{self.problem}' does not apply to task '{self.task}'")
         reads = TASK_COLUMNS[self.task]
-        for name in self.data.columns.model_fields_set:
-            if name not in reads:
+        for name, field in Columns.model_fields.items():
+            # Not what is set: a spec that was stored has every field set.
+            if name not in reads and getattr(self.data.columns, name) != field.default:
                 raise ValueError(
                     f"data.columns.{name} does not apply to task '{self.task}', which reads "
                     f"{', '.join(reads)}"

@@ -263,7 +263,7 @@ def rows(n: int = 6) -> list[Any]:
             "line 1: there is no column 'text'; the row has 'txt', 'label'",
         ),
         (b'{"text": 5, "label": "a"}\n', "line 1: column 'text' must be a string, not a number"),
-        (b'{"text": "x", "label": 0.5}\n', "column 'label' must be a string or an integer"),
+        (b'{"text": "x", "label": 0.5}\n', "column 'label' must be a string or a whole number"),
         (b'{"text": "x", "label": true}\n', "not a boolean"),
         (b'{"text": "x", "label": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
         (b"", "has no rows"),
