@@ -85,6 +85,7 @@ class TrainAssignment(Message):
     device: DeviceHandle
     spec: TrainSpec
     model_path: str
+    """Empty for a model from scratch (``spec.architecture``)."""
     train_path: str
     validation_path: str | None
     work_dir: str

@@ -27,9 +27,9 @@ class Requirements(BaseModel):
 class ResolvedModel(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    source: Literal["folder", "job", "hub"]
+    source: Literal["folder", "job", "hub", "scratch"]
     path: str
-    """Absolute folder, or the id on the hub."""
+    """Absolute folder, or the id on the hub; empty for a model from scratch."""
     label: str
     """Short, for people: Flower shows it."""
     parameters: int | None = None

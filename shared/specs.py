@@ -70,15 +70,15 @@ class Retry(Strict):
     backoff_seconds: float = Field(2.0, ge=0, le=3600, description="Doubles with every failure.")
 
 
+MODEL = (
+    "A model folder below the service's model roots (by name or absolute path), `job:<id>` for the "
+    "model that a training job made, or a hub id where the hub is enabled."
+)
+_MODELS = ["minilm", "job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM"]
+
+
 class _Job(Strict):
     name: str | None = Field(None, max_length=200, description="A label of your own.")
-    model: str = Field(
-        min_length=1,
-        max_length=1024,
-        description="A model folder below the service's model roots (by name or absolute path), "
-        "`job:<id>` for the model that a training job made, or a hub id where the hub is enabled.",
-        examples=["minilm", "job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM"],
-    )
     resources: Resources = Resources()
     priority: int = Field(0, ge=-100, le=100, description="Higher goes first; equal: older first.")
     retry: Retry = Retry()
@@ -88,6 +88,56 @@ class _Job(Strict):
     fail_fast: bool = Field(
         False, description="Refuse at submission what the fleet of this moment cannot run."
     )
+
+
+_BYTES_AND_SPECIAL = 258
+
+
+class Architecture(Strict):
+    """A model from scratch: weights from the seed, and a tokenizer trained on the training data."""
+
+    type: Literal["bert", "gpt2", "llama", "t5"]
+    hidden: int = Field(256, ge=8, le=65_536, description="Size of a token's vector.")
+    layers: int = Field(4, ge=1, le=1024, description="T5: of the encoder, and of the decoder.")
+    heads: int = Field(4, ge=1, le=1024)
+    intermediate: int | None = Field(
+        None,
+        ge=8,
+        le=1_000_000,
+        description="Inner size of the MLP; default 4 × hidden (llama 8/3).",
+    )
+    positions: int = Field(512, ge=8, le=1_000_000, description="Tokens the model can see.")
+    vocabulary: int = Field(
+        8192, ge=64, le=1_000_000, description="Tokens at most; small data make fewer."
+    )
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.hidden % (2 * self.heads):
+            raise ValueError(
+                f"hidden {self.hidden} must be a multiple of 2 × heads ({2 * self.heads})"
+            )
+        if self.type != "bert" and self.vocabulary < _BYTES_AND_SPECIAL:
+            raise ValueError(
+                f"vocabulary must be at least {_BYTES_AND_SPECIAL}: every byte is a token of {self.type}"
+            )
+        return self
+
+    @property
+    def inner(self) -> int:
+        """The MLP's inner size."""
+        if self.intermediate is not None:
+            return self.intermediate
+        # A gated MLP has three matrices where others have two (Shazeer, 2020): 8/3, in steps of 8.
+        return -(-8 * self.hidden // 24) * 8 if self.type == "llama" else 4 * self.hidden
+
+
+ARCHITECTURE_TASKS: dict[str, frozenset[str]] = {
+    "bert": frozenset({"fill-mask", "text-classification", "token-classification", "embeddings"}),
+    "gpt2": frozenset({"text-generation"}),
+    "llama": frozenset({"text-generation"}),
+    "t5": SEQ2SEQ,
+}
 
 
 class Columns(Strict):
@@ -194,10 +244,44 @@ class TrainSpec(_Job):
     problem: Problem = Field(
         "single-label", description="text-classification: one label a text, any number, or a score."
     )
-    method: Literal["full"] = "full"
+    method: Literal["full", "pretrain"] = Field(
+        "full", description="pretrain: `architecture` in place of `model`, from random weights."
+    )
+    model: str | None = Field(
+        None, min_length=1, max_length=1024, description=MODEL, examples=_MODELS
+    )
+    architecture: Architecture | None = None
     data: TrainData
     hyperparameters: Hyperparameters = Hyperparameters()
     checkpoint: Checkpointing = Checkpointing()
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.method == "full":
+            if self.model is None:
+                raise ValueError(
+                    "model must name what to fine-tune (or choose method 'pretrain' and an architecture)"
+                )
+            if self.architecture is not None:
+                raise ValueError(
+                    "architecture is for method 'pretrain': set it, or drop architecture"
+                )
+            return self
+        if self.model is not None:
+            raise ValueError(
+                "method 'pretrain' starts from random weights: drop model, or choose method 'full'"
+            )
+        if self.architecture is None:
+            raise ValueError("method 'pretrain' needs an architecture")
+        tasks = ARCHITECTURE_TASKS[self.architecture.type]
+        if self.task not in tasks:
+            raise ValueError(
+                f"architecture.type '{self.architecture.type}' does not do task '{self.task}': "
+                f"it is for {', '.join(sorted(tasks))}"
+            )
+        if self.hyperparameters.freeze:
+            raise ValueError("freeze keeps weights as they are, and those of pretrain are random")
+        return self
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Self:
@@ -275,6 +359,7 @@ class InferSpec(_Job):
 
     kind: Literal["infer"] = "infer"
     task: Task
+    model: str = Field(min_length=1, max_length=1024, description=MODEL, examples=_MODELS)
     input: str | None = Field(
         None, min_length=1, max_length=4096, description="`file_…` (uploaded) or a path to JSONL."
     )

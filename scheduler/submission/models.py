@@ -17,6 +17,7 @@ from typing import Any
 from scheduler.footprint import ModelShape
 from scheduler.submission.architectures import SEQ2SEQ_TYPES, why_unsuitable
 from scheduler.submission.paths import inside, printable, resolved
+from scheduler.submission.scratch import shape_of
 from scheduler.submission.weights import read_tensors
 from shared import ids
 from shared.errors import ModelNotFound, PathNotAllowed, UnsupportedModel
@@ -48,14 +49,18 @@ class FoundModel:
 
 
 def resolve_model(store: Store, settings: Settings, spec: TrainSpec | InferSpec) -> FoundModel:
-    """The model that ``spec.model`` names.
+    """The model that the spec names, or that it is to make from scratch.
 
     Raises:
         ModelNotFound: nothing of that name; the hint says where to put it or what is there.
         PathNotAllowed: a path outside the model roots.
         UnsupportedModel: it is there and cannot do the task, or is no complete safe folder.
     """
-    name = spec.model
+    if isinstance(spec, TrainSpec) and spec.architecture is not None:
+        shape, label = shape_of(spec.architecture), f"new-{spec.architecture.type}"
+        made = ResolvedModel(source="scratch", path="", label=label, parameters=shape.parameters)
+        return FoundModel(made, shape)
+    name = spec.model or ""
     if name.startswith("job:"):
         folder, label = _model_of_job(store, settings, name.removeprefix("job:"))
         return _inspect(folder, label, "job", spec)
@@ -151,15 +156,16 @@ def _job_and_artifacts(session: Any, job_id: str) -> tuple[Job | None, Sequence[
 
 
 def _inspect(folder: Path, label: str, source: Any, spec: TrainSpec | InferSpec) -> FoundModel:
-    config = _read_config(folder, spec.model)
+    name = spec.model or ""
+    config = _read_config(folder, name)
     _check_task(config, spec)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UnsupportedModel(
-            f"model '{printable(spec.model)}' has no tokenizer files",
+            f"model '{printable(name)}' has no tokenizer files",
             param="model",
             hint="tokenizer.save_pretrained(folder) writes them beside the model's.",
         )
-    tensors, stored = read_tensors(folder, spec.model)
+    tensors, stored = read_tensors(folder, name)
     shape = _shape(config, tensors, stored)
     where = ResolvedModel(source=source, path=str(folder), label=label, parameters=shape.parameters)
     return FoundModel(where, shape)
@@ -189,7 +195,7 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
 def _check_task(config: dict[str, Any], spec: TrainSpec | InferSpec) -> None:
     if (problem := why_unsuitable(config, spec)) is not None:
         what, hint = problem
-        message = f"model '{printable(spec.model)}' is {what}"
+        message = f"model '{printable(spec.model or '')}' is {what}"
         raise UnsupportedModel(message, param="model", hint=hint)
 
 

@@ -71,7 +71,11 @@ def test_specs_that_contradict_themselves(
             "",
         ),
         ({"data": "train.jsonl"}, "data must be an object, not 'train.jsonl'", ""),
-        ({"model": None}, "model must be a string, not null", ""),
+        (
+            {"model": None},
+            "model must name what to fine-tune (or choose method 'pretrain' and an architecture)",
+            "",
+        ),
         ({"priority": 101, "extra": 1}, "priority must be at most 100, not 101", "wrong: extra"),
         (
             {"hyperparameters": {"learning_rat": 1}},

@@ -331,3 +331,16 @@ def make_bert(folder: Path, seed: int = 0) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def make_from_scratch(folder: str, spec: TrainSpec, train: str) -> str:
+    """The initial model of a spec, in a folder; SHA-256 of all that is in it."""
+    from workers.ranks.train.scratch import make_model, make_tokenizer
+
+    tokenizer = make_tokenizer(spec, Path(train))
+    tokenizer.save_pretrained(folder)
+    make_model(spec, tokenizer).save_pretrained(folder)
+    sha = hashlib.sha256()
+    for file in sorted(Path(folder).iterdir()):
+        sha.update(file.name.encode() + file.read_bytes())
+    return sha.hexdigest()

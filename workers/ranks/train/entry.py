@@ -26,6 +26,7 @@ from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
 from workers.ranks.train.reports import RankChannel, Reporter
 from workers.ranks.train.rows import split
 from workers.ranks.train.schedule import Schedule, make_schedule
+from workers.ranks.train.scratch import begin_from_scratch
 from workers.ranks.train.state import (
     Position,
     Resumed,
@@ -65,7 +66,10 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     gang = join(assignment, compute, reporter)
 
     began = time.monotonic()
-    task = open_task(spec, Path(assignment.model_path), Path(assignment.train_path))
+    model_path = Path(assignment.model_path)
+    if spec.architecture is not None:
+        model_path = begin_from_scratch(assignment, gang, reporter)
+    task = open_task(spec, model_path, Path(assignment.train_path))
     training, validation = _read(assignment, task)
     plan, schedule = _plan(assignment, len(training))
     model = task.loaded.model
@@ -77,7 +81,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     optimizer = make_optimizer(model, options)
     own = fingerprint(spec, training.digest(), model)
     require_agreement(gang, own)
-    _say_what(reporter, assignment, task, compute, frozen, unused)
+    _say_what(reporter, model_path.name, assignment, task, compute, frozen, unused)
     _say_how_much(reporter, training, validation, task, plan)
 
     resumed = resume(assignment, model, optimizer, own, gang, reporter)
@@ -169,6 +173,7 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 def _say_what(
     reporter: Reporter,
+    name: str,
     assignment: TrainAssignment,
     task: Task,
     compute: Compute,
@@ -178,7 +183,7 @@ def _say_what(
     model = task.loaded.model
     aside = (f", {frozen:,} frozen" if frozen else "") + (f", {unused:,} unused" if unused else "")
     reporter.say(
-        f"model {Path(assignment.model_path).name}: {type(model).__name__}, "
+        f"model {name}: {type(model).__name__}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters{aside}, "
         f"{task.loaded.head}"
     )

@@ -53,8 +53,11 @@ def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
     Of the spec counts what shapes the training: a job may go on under another priority.
     """
     chosen = spec.model_dump(
-        mode="json", include={"model", "task", "method", "data", "hyperparameters"}
-    )
+        mode="json",
+        include={
+            "model", "architecture", "task", "problem", "method", "data", "hyperparameters",
+        },
+    )  # fmt: skip
     shapes = [[n, list(p.shape), p.requires_grad] for n, p in model.named_parameters()]
     return {"spec": _digest(chosen), "data": data, "parameters": _digest(shapes)}
 
