@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from gpuyard.transport import Transport
 from gpuyard.waiting import looks
 from shared.errors import InvalidRequest, NotFound, Unavailable
 from shared.lifecycle import JobState
-from shared.specs import InferSpec, TrainSpec, parse_spec
+from shared.specs import MODEL_NAME, InferSpec, TrainSpec, parse_spec
 from shared.views import (
     ArtifactView,
     CheckpointView,
@@ -30,6 +31,7 @@ from shared.views import (
     JobView,
     LogView,
     MetricView,
+    ModelView,
     Page,
     View,
     WorkerView,
@@ -260,6 +262,55 @@ class Client:
             for artifact in wanted
         ]
 
+    # Published models
+
+    def models(self) -> Iterator[ModelView]:
+        """Published models by name, each in its newest version."""
+        return self._pages("/v1/models", ModelView)
+
+    def model_versions(self, name: str) -> list[ModelView]:
+        """The versions of a model, newest first.
+
+        Raises:
+            NotFound: there is none of this name.
+        """
+        return self._transport.get_list(_models(name), ModelView)
+
+    def model(self, reference: str) -> ModelView:
+        """A version, as specs name it: ``name@3``, ``name@latest``, ``name@production``."""
+        name, version = _reference(reference)
+        return self._transport.get(_models(name, version), ModelView)
+
+    def publish(self, job: str, name: str, tags: Iterable[str] = ()) -> ModelView:
+        """Give the model of a training job a name and the next version. Repeating it changes nothing.
+
+        Raises:
+            Conflict: the job made no model, or has not succeeded.
+        """
+        body = {"job": job, "name": name, "tags": list(tags)}
+        return self._transport.read(
+            self._transport.request("POST", "/v1/models", json=body), ModelView
+        )
+
+    def change_model(
+        self, reference: str, *, stage: str | None = None, tags: Iterable[str] | None = None
+    ) -> ModelView:
+        """Move a version (``name@3``) to a stage, "" for none, or replace its tags. The one that was
+        in production before is archived."""
+        name, version = _reference(reference)
+        body = {"stage": stage, "tags": None if tags is None else list(tags)}
+        answer = self._transport.request("PATCH", _models(name, version), json=body)
+        return self._transport.read(answer, ModelView)
+
+    def delete_model(self, reference: str) -> ModelView:
+        """Take a version off the list; its files stay with its job.
+
+        Raises:
+            Conflict: it is in production.
+        """
+        answer = self._transport.request("DELETE", _models(*_reference(reference)))
+        return self._transport.read(answer, ModelView)
+
     # Files and the fleet
 
     def upload(self, path: str | Path, on_bytes: OnBytes | None = None) -> FileView:
@@ -327,6 +378,24 @@ def _segment(id: str) -> str:
     if not id.isascii() or not id.replace("_", "").isalnum():
         raise InvalidRequest(f"{id!r} is no id", param="id", hint="`gpuyard jobs` lists the ids.")
     return id
+
+
+def _reference(reference: str) -> tuple[str, str]:
+    """(name, version) of ``name@version``; without a version the latest."""
+    name, _, version = reference.partition("@")
+    return name, version or "latest"
+
+
+def _models(name: str, *version: str) -> str:
+    """Raises InvalidRequest: what is no name or version must not lead elsewhere."""
+    for part in (name, *version):
+        if re.fullmatch(MODEL_NAME, part) is None:
+            raise InvalidRequest(
+                f"{'@'.join((name, *version))!r} is no model reference",
+                param="model",
+                hint="It is name@version, such as topics@2; `gpuyard models` lists them.",
+            )
+    return "/".join(["/v1/models", name, *version])
 
 
 def _at(kind: str, id: str, *rest: str) -> str:

@@ -72,9 +72,12 @@ class Retry(Strict):
 
 MODEL = (
     "A model folder below the service's model roots (by name or absolute path), `job:<id>` for the "
-    "model that a training job made, or a hub id where the hub is enabled."
+    "model that a training job made, `name@version` of a published one (also `name@latest` and "
+    "`name@production`), or a hub id where the hub is enabled."
 )
-_MODELS = ["minilm", "job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM"]
+_MODELS = ["minilm", "job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM", "topics@2"]
+MODEL_NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
+"""What a published model may be called."""
 
 
 class _Job(Strict):
@@ -254,6 +257,11 @@ class TrainSpec(_Job):
     data: TrainData
     hyperparameters: Hyperparameters = Hyperparameters()
     checkpoint: Checkpointing = Checkpointing()
+    publish: str | None = Field(
+        None,
+        pattern=f"^{MODEL_NAME}$",
+        description="Publish the model under this name, as its next version, once the job succeeds.",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

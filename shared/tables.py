@@ -406,6 +406,45 @@ class Shard(Table, table=True):
     committed_at: datetime | None = Field(default=None, sa_column=_time())
 
 
+class PublishedModel(Table, table=True):
+    """A version of a named model: which job made it. Rows stay when they are deleted, so that a
+    number is never given twice."""
+
+    __tablename__ = "published_models"
+    __table_args__ = (
+        CheckConstraint("version >= 1", name="version"),
+        CheckConstraint(
+            "stage IS NULL OR stage IN ('staging', 'production', 'archived')", name="stage"
+        ),
+        CheckConstraint(
+            "stage IS DISTINCT FROM 'production' OR deleted_at IS NULL", name="production_is_there"
+        ),
+        Index(
+            "uq_published_models_production",
+            "name",
+            unique=True,
+            postgresql_where=text("stage = 'production'"),
+        ),
+        Index(
+            "uq_published_models_job",
+            "name",
+            "job_id",
+            unique=True,
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+    )
+    name: str = Field(sa_column=_text(primary_key=True))
+    version: int = Field(primary_key=True)
+    job_id: str = Field(sa_column=_ref("jobs.id"))
+    task: str = Field(sa_column=_text())
+    stage: str | None = Field(default=None, sa_column=_text(nullable=True))
+    metrics: dict[str, Any] = Field(sa_column=_json())
+    tags: list[str] = Field(default=[], sa_column=_json())
+    created_by: str = Field(default="", sa_column=_text())
+    created_at: datetime = Field(default=None, sa_column=_time(nullable=False, now=True))
+    deleted_at: datetime | None = Field(default=None, sa_column=_time())
+
+
 class Leader(Table, table=True):
     """Who may decide. One row; ``term`` rises with each change of leader and fences the old one."""
 

@@ -150,6 +150,21 @@ class ArtifactView(View):
     created_at: datetime
 
 
+class ModelView(View):
+    """A version of a published model. Its files are the artifacts ``model/…`` of ``job_id``."""
+
+    name: str
+    version: int
+    reference: str
+    """What specs name: ``name@version``."""
+    job_id: str
+    task: str
+    stage: str | None = None
+    metrics: dict[str, Any] = {}
+    tags: list[str] = []
+    created_at: datetime
+
+
 class FileView(View):
     id: str
     name: str

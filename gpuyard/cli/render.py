@@ -20,6 +20,7 @@ from shared.views import (
     FileView,
     JobDetail,
     JobView,
+    ModelView,
     WorkerView,
 )
 
@@ -300,6 +301,24 @@ def attempts(console: Console, items: Sequence[AttemptView]) -> Table:
 
 def event(item: EventView) -> Text:
     return Text.assemble((clock(item.at), "dim"), "  ", _one_line(item.message))
+
+
+def models(console: Console, items: Sequence[ModelView]) -> Table:
+    columns = [
+        Column("MODEL", whole=True),
+        Column("STAGE", 50),
+        Column("TASK", 70),
+        Column("METRICS", 90),
+        Column("AGE", 80),
+        Column("TAGS", 120),
+        Column("JOB", 110),
+    ]
+    rows = []
+    for m in items:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(m.metrics.items())[:3])
+        tags = ", ".join(m.tags)
+        rows.append((m.reference, m.stage or "-", m.task, shown, age(m.created_at), tags, m.job_id))
+    return table(console, columns, rows)
 
 
 def files(console: Console, items: Sequence[FileView]) -> Table:

@@ -17,6 +17,7 @@ from shared.tables import (
     Lease,
     LogChunk,
     Metric,
+    PublishedModel,
     Worker,
 )
 from shared.views import (
@@ -31,6 +32,7 @@ from shared.views import (
     JobView,
     LogView,
     MetricView,
+    ModelView,
     ProgressView,
     RankView,
     WorkerView,
@@ -75,7 +77,7 @@ def _job_fields(job: Job) -> dict[str, Any]:
         "kind": job.kind,
         "task": job.task,
         "name": job.name,
-        "model": job.spec["model"],
+        "model": _model(job.spec),
         "state": JobState(job.state),
         "priority": job.priority,
         "waiting_reason": job.waiting_reason,
@@ -86,6 +88,11 @@ def _job_fields(job: Job) -> dict[str, Any]:
         "started_at": job.started_at,
         "finished_at": job.finished_at,
     }
+
+
+def _model(spec: dict[str, Any]) -> str:
+    architecture = spec.get("architecture")
+    return f"new {architecture['type']}" if architecture else str(spec["model"])
 
 
 def progress_view(job: Job) -> ProgressView | None:
@@ -169,3 +176,17 @@ def device_view(row: DeviceRow, device_timeout: float) -> DeviceView:
 
 def worker_view(worker: Worker) -> WorkerView:
     return WorkerView(**worker.model_dump())
+
+
+def model_view(model: PublishedModel) -> ModelView:
+    return ModelView(
+        name=model.name,
+        version=model.version,
+        reference=f"{model.name}@{model.version}",
+        job_id=model.job_id,
+        task=model.task,
+        stage=model.stage,
+        metrics=model.metrics,
+        tags=model.tags,
+        created_at=model.created_at,
+    )

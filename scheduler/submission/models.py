@@ -24,9 +24,10 @@ from shared.errors import ModelNotFound, PathNotAllowed, UnsupportedModel
 from shared.lifecycle import JobState
 from shared.resolved import ResolvedModel
 from shared.settings import Settings
-from shared.specs import InferSpec, TrainSpec
+from shared.specs import MODEL_NAME, InferSpec, TrainSpec
 from shared.store import Store, read
-from shared.tables import Artifact, Job
+from shared.store.models import find_model, list_versions
+from shared.tables import Artifact, Job, PublishedModel
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,6 +38,7 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 _CONFIG_LIMIT = 16 * 1024 * 1024
+_PUBLISHED = re.compile(f"({MODEL_NAME})@([a-z0-9]{{1,20}})")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -64,6 +66,10 @@ def resolve_model(store: Store, settings: Settings, spec: TrainSpec | InferSpec)
     if name.startswith("job:"):
         folder, label = _model_of_job(store, settings, name.removeprefix("job:"))
         return _inspect(folder, label, "job", spec)
+    if reference := _PUBLISHED.fullmatch(name):
+        model = _published(store, *reference.groups())
+        folder, _ = _model_of_job(store, settings, model.job_id)
+        return _inspect(folder, f"{model.name}@{model.version}", "job", spec)
     found = _find_folder(settings, name)
     if found is not None:
         return _inspect(found, found.name, "folder", spec)
@@ -74,6 +80,18 @@ def resolve_model(store: Store, settings: Settings, spec: TrainSpec | InferSpec)
         f"there is no model '{printable(name)}'",
         param="model",
         hint=_where_models_are(settings, name),
+    )
+
+
+def _published(store: Store, name: str, which: str) -> PublishedModel:
+    model = store.call(find_model, name, which)
+    if model is not None:
+        return model
+    there = [f"{name}@{m.version}" for m in store.call(list_versions, name)]
+    raise ModelNotFound(
+        f"there is no published model '{name}@{which}'",
+        param="model",
+        hint=f"There are: {', '.join(there[:10])}." if there else "`gpuyard models` lists them.",
     )
 
 

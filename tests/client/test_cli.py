@@ -90,6 +90,37 @@ def test_prompts_are_rows(cli: Cli, sdk: Client) -> None:
     assert job.spec["generation"]["max_new_tokens"] == 5
 
 
+def test_models_are_published_promoted_and_named(
+    cli: Cli, sdk: Client, fleet: FakeFleet, train_spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli("models").err.startswith("no published models")
+    jobs = []
+    for _ in range(2):
+        job = sdk.submit(train_spec()).id
+        (holder,) = fleet.start(job)
+        fleet.finish(holder, {"metrics": {"accuracy": 0.875, "loss": 0.5}})
+        jobs.append(job)
+    said = cli("models", "publish", jobs[0], "topics", "--tag", "first")
+    assert (said.code, said.out) == (0, "topics@1\n")
+    assert "tags first" in said.err
+    assert cli("models", "publish", jobs[1], "topics").out == "topics@2\n"
+    assert cli("models", "stage", "topics@1", "production").code == 0
+    assert sdk.model("topics@production").job_id == jobs[0]
+    assert sdk.model("topics").version == 2
+    listed = cli("models")
+    assert "topics@2" in listed.out and "accuracy 0.875" in listed.out
+    shown = cli("models", "show", "topics")
+    assert "topics@1" in shown.out and "production" in shown.out
+    refused = cli("models", "delete", "topics@1")
+    assert (refused.code, refused.out) == (5, "")
+    assert cli("models", "stage", "topics@1", "none").code == 0
+    assert cli("models", "delete", "topics@1").code == 0
+    assert cli("models", "show", "topics@1").code == 3
+    assert cli("models", "show", "../../v1/jobs").code == 2
+    assert json.loads(cli("models", "show", "topics", "--json").out)["reference"] == "topics@2"
+
+
 def test_everything_prints_json(
     cli: Cli,
     succeeded: str,
