@@ -20,6 +20,7 @@ from gpuyard.waiting import looks
 from shared.errors import InvalidRequest, NotFound, Unavailable
 from shared.lifecycle import JobState
 from shared.specs import MODEL_NAME, InferSpec, TrainSpec, parse_spec
+from shared.sweeps import parse_sweep, plan
 from shared.views import (
     ArtifactView,
     CheckpointView,
@@ -33,6 +34,8 @@ from shared.views import (
     MetricView,
     ModelView,
     Page,
+    SweepDetail,
+    SweepView,
     View,
     WorkerView,
 )
@@ -179,6 +182,50 @@ class Client:
         if raise_on_failure and seen.state is not JobState.SUCCEEDED:
             raise JobFailed(seen)
         return seen
+
+    # Sweeps
+
+    def submit_sweep(
+        self,
+        sweep: Mapping[str, Any],
+        *,
+        upload: bool = False,
+        idempotency_key: str | None = None,
+        bases: Sequence[Path] = (),
+        on_bytes: OnBytes | None = None,
+    ) -> SweepDetail:
+        """Submit a sweep: ``spec``, a training, and ``parameters``, the fields that differ.
+
+        Arguments as for ``submit``; a file that ``spec.data`` names is uploaded once for all trials.
+
+        Raises:
+            InvalidSpec: before anything is sent; names the trial.
+        """
+        data = dict(sweep)
+        plan(parse_sweep(data))
+        if upload:
+            spec = with_uploads(data["spec"], lambda path: self._uploaded_id(path, on_bytes), bases)
+            data["spec"] = spec
+        answer = self._transport.request(
+            "POST",
+            "/v1/sweeps",
+            json=data,
+            headers={"Idempotency-Key": idempotency_key or secrets.token_hex(16)},
+        )
+        return self._transport.read(answer, SweepDetail)
+
+    def sweep(self, id: str) -> SweepDetail:
+        """A sweep with its trials, and the best of those that have succeeded."""
+        return self._transport.get(_at("sweeps", id), SweepDetail)
+
+    def sweeps(self) -> Iterator[SweepView]:
+        """All sweeps, newest first."""
+        return self._pages("/v1/sweeps", SweepView)
+
+    def cancel_sweep(self, id: str) -> SweepDetail:
+        """Cancel every trial that is not over."""
+        answer = self._transport.request("POST", _at("sweeps", id, "cancel"))
+        return self._transport.read(answer, SweepDetail)
 
     # What a job says and makes
 

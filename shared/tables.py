@@ -445,6 +445,42 @@ class PublishedModel(Table, table=True):
     deleted_at: datetime | None = Field(default=None, sa_column=_time())
 
 
+class Sweep(Table, table=True):
+    """A hyperparameter sweep; its trials are jobs."""
+
+    __tablename__ = "sweeps"
+    __table_args__ = (
+        Index(
+            "uq_sweeps_idempotency",
+            "created_by",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
+    )
+    id: str = Field(sa_column=_text(primary_key=True))
+    name: str | None = Field(default=None, sa_column=_text(nullable=True))
+    spec: dict[str, Any] = Field(sa_column=_json())
+    spec_sha256: str = Field(sa_column=_text())
+    idempotency_key: str | None = Field(default=None, sa_column=_text(nullable=True))
+    created_by: str = Field(default="", sa_column=_text())
+    created_at: datetime = Field(default=None, sa_column=_time(nullable=False, now=True))
+
+
+class SweepTrial(Table, table=True):
+    """One job of a sweep, and what is particular to it."""
+
+    __tablename__ = "sweep_trials"
+    __table_args__ = (
+        CheckConstraint("number >= 1", name="number"),
+        Index("uq_sweep_trials_job", "job_id", unique=True),
+    )
+    sweep_id: str = Field(sa_column=_ref("sweeps.id", primary_key=True))
+    number: int = Field(primary_key=True)
+    job_id: str = Field(sa_column=_ref("jobs.id"))
+    parameters: dict[str, Any] = Field(sa_column=_json())
+
+
 class Leader(Table, table=True):
     """Who may decide. One row; ``term`` rises with each change of leader and fences the old one."""
 

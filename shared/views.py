@@ -104,6 +104,10 @@ class JobDetail(JobView):
     rows_done: int | None = None
     row_errors: int | None = None
 
+    @property
+    def over(self) -> bool:
+        return self.state.terminal
+
 
 class EventView(View):
     id: int
@@ -148,6 +152,38 @@ class ArtifactView(View):
     path: str
     """On the service's own disk; over HTTP use the download address."""
     created_at: datetime
+
+
+class TrialView(View):
+    """One job of a sweep. ``value`` is of the sweep's metric, once the job has succeeded."""
+
+    number: int
+    job_id: str
+    state: JobState
+    parameters: dict[str, Any]
+    value: float | None = None
+    metrics: dict[str, float] = {}
+
+
+class SweepView(View):
+    id: str
+    name: str | None = None
+    metric: str | None = None
+    """What the best trial is best in; not known before a trial has succeeded, unless it was given."""
+    goal: str | None = None
+    states: dict[str, int]
+    """Trials by state."""
+    best: TrialView | None = None
+    created_at: datetime
+
+    @property
+    def over(self) -> bool:
+        return all(JobState(state).terminal for state in self.states)
+
+
+class SweepDetail(SweepView):
+    spec: dict[str, Any]
+    trials: list[TrialView]
 
 
 class ModelView(View):

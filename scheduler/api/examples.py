@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shared.specs import InferSpec, TrainSpec, parse_spec
+from shared.sweeps import SweepSpec
 
 TRAIN: dict[str, Any] = {
     "kind": "train",
@@ -103,6 +104,20 @@ JOB_BODY: dict[str, Any] = {
         }
     },
 }
+SWEEP = {
+    "name": "which rate",
+    "spec": TRAIN,
+    "parameters": {"hyperparameters.learning_rate": [1e-4, 3e-4], "hyperparameters.seed": [1, 2]},
+}
+SWEEP_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {"$ref": "#/components/schemas/SweepSpec"},
+            "examples": {"grid": {"summary": "Two rates, two seeds each", "value": SWEEP}},
+        }
+    },
+}
 FILE_BODY: dict[str, Any] = {
     "required": True,
     "content": {
@@ -127,7 +142,7 @@ EVENT_STREAM = (
 def spec_schemas() -> dict[str, Any]:
     """The JSON schemas of the specs, as components of the OpenAPI document."""
     schemas: dict[str, Any] = {}
-    for model in (TrainSpec, InferSpec):
+    for model in (TrainSpec, InferSpec, SweepSpec):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from shared.lifecycle import AttemptState, FailureClass, JobState, LeaseState
 from shared.store.read import DeviceRow
+from shared.store.sweeps import TrialRow
+from shared.sweeps import best_of
 from shared.tables import (
     Artifact,
     Attempt,
@@ -18,6 +21,7 @@ from shared.tables import (
     LogChunk,
     Metric,
     PublishedModel,
+    Sweep,
     Worker,
 )
 from shared.views import (
@@ -35,6 +39,8 @@ from shared.views import (
     ModelView,
     ProgressView,
     RankView,
+    SweepDetail,
+    TrialView,
     WorkerView,
 )
 
@@ -189,4 +195,39 @@ def model_view(model: PublishedModel) -> ModelView:
         metrics=model.metrics,
         tags=model.tags,
         created_at=model.created_at,
+    )
+
+
+def sweep_detail(sweep: Sweep, rows: Sequence[TrialRow]) -> SweepDetail:
+    """A sweep with its trials, and the best of those that succeeded."""
+    metric, goal = sweep.spec.get("metric"), sweep.spec.get("goal")
+    for row in rows:
+        objective = (row.job.summary or {}).get("objective")
+        if metric is None and objective:
+            metric, goal = objective["metric"], objective["goal"]
+    trials = [_trial_view(row, metric) for row in rows]
+    best = best_of([(trial.number, trial.value) for trial in trials], goal or "maximize")
+    return SweepDetail(
+        id=sweep.id,
+        name=sweep.name,
+        metric=metric,
+        goal=goal,
+        states=dict(Counter(str(trial.state) for trial in trials)),
+        best=next((trial for trial in trials if trial.number == best), None),
+        created_at=sweep.created_at,
+        spec=sweep.spec,
+        trials=trials,
+    )
+
+
+def _trial_view(row: TrialRow, metric: str | None) -> TrialView:
+    succeeded = row.job.state == JobState.SUCCEEDED
+    metrics = (row.job.summary or {}).get("metrics") or {} if succeeded else {}
+    return TrialView(
+        number=row.trial.number,
+        job_id=row.job.id,
+        state=JobState(row.job.state),
+        parameters=row.trial.parameters,
+        value=metrics.get(metric) if metric else None,
+        metrics=metrics,
     )

@@ -121,6 +121,44 @@ def test_models_are_published_promoted_and_named(
     assert json.loads(cli("models", "show", "topics", "--json").out)["reference"] == "topics@2"
 
 
+def test_a_sweep_is_submitted_followed_and_shown(
+    cli: Cli,
+    sdk: Client,
+    fleet: FakeFleet,
+    train_spec: Spec,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    assert cli("sweeps").err.startswith("no sweeps yet")
+    file = tmp_path / "sweep.json"
+    parameters = {"hyperparameters.learning_rate": [1e-4, 3e-4]}
+    file.write_text(json.dumps({"spec": train_spec(), "parameters": parameters}))
+    said = cli("sweep", str(file))
+    assert said.code == 0, said.err
+    id = said.out.strip()
+    assert f"gpuyard sweeps {id}" in said.err
+    for trial, accuracy in zip(sdk.sweep(id).trials, (0.5, 0.75), strict=True):
+        assert sdk.job(trial.job_id).spec["data"]["train"].startswith("file_"), "uploaded once"
+        (holder,) = fleet.start(trial.job_id)
+        objective = {"metric": "accuracy", "goal": "maximize"}
+        fleet.finish(holder, {"metrics": {"accuracy": accuracy}, "objective": objective})
+    assert len(list(sdk.files())) == 1
+    shown = cli("sweeps", id)
+    assert "LEARNING_RATE" in shown.out and "0.75 best" in shown.out
+    assert f"model job:{sdk.sweep(id).trials[1].job_id}" in shown.err
+    assert "trial 2: accuracy 0.75" in cli("sweeps").out
+    repeated = cli("sweep", str(file), "--idempotency-key", "k", "--json")
+    other = json.loads(repeated.out)["id"]
+    assert cli("sweeps", other, "--cancel").code == 0
+    followed = cli("sweep", str(file), "--idempotency-key", "k", "--wait")
+    assert followed.code == 1
+    assert "2 cancelled" in followed.err and "no trial succeeded" in followed.err
+    assert cli("sweeps", "swp_1").code == 3
+    file.write_text(json.dumps({"spec": train_spec(), "parameters": {"hyperparameters.x": [1]}}))
+    assert cli("sweep", str(file)).code == 2
+
+
 def test_everything_prints_json(
     cli: Cli,
     succeeded: str,

@@ -115,7 +115,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
 
     summary: dict[str, Any] = {}
     if gang.rank == 0:
-        summary = _summary(plan, position, evaluation, resumed, first, seconds)
+        summary = _summary(task, plan, position, evaluation, resumed, first, seconds)
         _deliver(assignment, task, plan, position, evaluation, summary, compute, reporter)
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
 
@@ -221,6 +221,7 @@ def _say_how_much(
 
 
 def _summary(
+    task: Task,
     plan: BatchPlan,
     position: Position,
     evaluation: Evaluation | None,
@@ -237,6 +238,10 @@ def _summary(
         "steps": position.step,
         "epochs": position.step / plan.steps_per_epoch,
         "metrics": evaluation.values if evaluation else {},
+        "objective": {
+            "metric": task.best,
+            "goal": "maximize" if task.better == "higher" else "minimize",
+        },
         "seconds": round(seconds, 3),
         "examples_per_second": round(examples / max(1e-9, seconds), 3),
         "resumed_from": {"checkpoint": resumed.checkpoint.id, "step": resumed.checkpoint.step}
