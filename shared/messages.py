@@ -141,15 +141,24 @@ class Stop(Message):
     reason: str
 
 
-Order = Annotated[ComputeShards | JoinRendezvous | Stop, Field(discriminator="type")]
+class Preempt(Message):
+    """Order to a training rank: its device is wanted back in ``seconds``. Unless the training ends by
+    then, the whole gang makes a checkpoint at its next step and ends as preempted."""
+
+    type: Literal["preempt"] = "preempt"
+    reason: str
+    seconds: float
+
+
+Order = Annotated[ComputeShards | JoinRendezvous | Stop | Preempt, Field(discriminator="type")]
 Assignment = Annotated[TrainAssignment | InferAssignment, Field(discriminator="type")]
-ToRank: TypeAdapter[TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop] = (
-    TypeAdapter(
-        Annotated[
-            TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop,
-            Field(discriminator="type"),
-        ]
-    )
+ToRank: TypeAdapter[
+    TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop | Preempt
+] = TypeAdapter(
+    Annotated[
+        TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop | Preempt,
+        Field(discriminator="type"),
+    ]
 )
 
 

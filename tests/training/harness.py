@@ -32,6 +32,7 @@ from shared.messages import (
     FromRank,
     JoinRendezvous,
     Listening,
+    Preempt,
     Report,
     Stop,
     ToRank,
@@ -142,6 +143,10 @@ class Gang:
 
     def order_stop(self, rank: int, reason: str = "cancelled") -> None:
         self._channels[rank].send(Stop(reason=reason))
+
+    def ask_back(self, rank: int, seconds: float = 60.0) -> None:
+        """The worker wants the rank's device back."""
+        self._channels[rank].send(Preempt(reason="the host is needed", seconds=seconds))
 
     def hang_up(self, rank: int) -> None:
         """The worker's end of the channel is gone, as when the worker is killed."""

@@ -11,6 +11,7 @@ from shared.messages import (
     CheckpointRef,
     FileDigest,
     JoinRendezvous,
+    Preempt,
     Stop,
     TrainAssignment,
 )
@@ -61,12 +62,15 @@ def run_training(
     environment = {**site.device.environment, HOST_VARIABLE: host}
     oom = OomWatch()
     with launch(site.nursery, "train", env=environment, log_path=log_path) as rank:
-        joined: list[str] = []
+        sent: set[str] = set()
 
-        def send_rendezvous() -> None:
-            if inbox.rendezvous is not None and not joined:
-                joined.append(inbox.rendezvous)
+        def send_orders() -> None:
+            if inbox.rendezvous is not None and "join" not in sent:
+                sent.add("join")
                 _send(rank, JoinRendezvous(address=inbox.rendezvous))
+            if inbox.preempt is not None and "preempt" not in sent:
+                sent.add("preempt")
+                _send(rank, inbox.preempt)
 
         _send(rank, training_assignment(site, claimed, folder))
         watch = Watch(
@@ -76,7 +80,7 @@ def run_training(
             reporter,
             deadline,
             reporter.put,
-            send_rendezvous,
+            send_orders,
         )
         end = watch.until_end()
         if isinstance(end, Finished):
@@ -148,7 +152,7 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
     )
 
 
-def _send(rank: RankProcess, message: TrainAssignment | JoinRendezvous | Stop) -> None:
+def _send(rank: RankProcess, message: TrainAssignment | JoinRendezvous | Stop | Preempt) -> None:
     # A rank that is gone says so by its exit, which the watch sees next.
     with contextlib.suppress(ChannelClosed):
         rank.channel.send(message)

@@ -17,7 +17,7 @@ from workers.ranks.loading import LoadError
 from workers.ranks.train.deliver import deliver
 from workers.ranks.train.device import Compute, open_device
 from workers.ranks.train.examples import Examples
-from workers.ranks.train.failures import Stopped, TrainingFailed, explain
+from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
 from workers.ranks.train.gang import join
 from workers.ranks.train.loop import Trainer
 from workers.ranks.train.model import freeze, make_optimizer
@@ -55,6 +55,8 @@ def main(channel: RankChannel) -> int:
     except Stopped as order:
         reporter.say(f"stopped: {order}")
         return STOPPED
+    except Preempted as end:
+        return _leave(reporter, assignment, end)
     except BaseException as error:
         return _fail(reporter, attempt, error)
     return SUCCEEDED
@@ -283,6 +285,27 @@ def _best(position: Position, task: Task) -> dict[str, float] | None:
         if best is None or task.is_better(entry[task.best], best[task.best]):
             best = entry
     return best
+
+
+def _leave(reporter: Reporter, assignment: TrainAssignment, end: Preempted) -> int:
+    """Rank 0 reports the end of the attempt, behind its checkpoint. The others wait for the worker to
+    tell them that it is over: a report of theirs could be there before the checkpoint is committed."""
+    reporter.say(f"preempted: {end}")
+    if assignment.rank != 0:
+        reporter.wait_for_end()
+        return STOPPED
+    try:
+        reporter.send(
+            Failed(
+                attempt_id=assignment.attempt_id,
+                failure_class=FailureClass.PREEMPTED,
+                code="preempted",
+                message=f"{reporter.asked_back or 'a device of the gang was wanted back'}; {end}",
+            )
+        )
+    except Stopped:
+        return STOPPED
+    return FAILED
 
 
 def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:

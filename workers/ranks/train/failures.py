@@ -45,6 +45,10 @@ class Stopped(Exception):
     """The worker ordered the rank to end, or is gone. Nothing is reported: nobody waits for it."""
 
 
+class Preempted(Exception):
+    """The gang has left its devices in good order: what is done so far is in a checkpoint."""
+
+
 # What gloo, NCCL and TCPStore say when the process at the other end of a connection is gone.
 _PEER_GONE = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused|aborted)|broken pipe|"

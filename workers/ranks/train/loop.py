@@ -22,7 +22,7 @@ from shared.specs import TrainSpec
 from workers.ranks.checkpoint import CheckpointWriter, Written
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Examples
-from workers.ranks.train.failures import TrainingFailed
+from workers.ranks.train.failures import Preempted, TrainingFailed
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import BatchPlan, Indices, derive, epoch_order, micro_batches
 from workers.ranks.train.parallel import parallelise, warm_up_batch
@@ -72,6 +72,8 @@ class Trainer:
         self._fingerprint = fingerprint
         self._writer = CheckpointWriter(checkpoints, self._checkpoint_written)
         self._blocked = 0.0
+        self._first_step = 0
+        self._saved_step: int | None = None
         warm_up = warm_up_batch(task, training, plan, compute)
         self._wrapped = parallelise(task, model, warm_up, compute, gang)
         self._order: tuple[int, Indices] | None = None
@@ -83,11 +85,12 @@ class Trainer:
 
         Raises:
             TrainingFailed: the loss is no longer finite (user_error).
+            Preempted: a rank's device was wanted back; the checkpoint of the step is durable.
             Stopped: the worker ordered it, or is gone; nothing further is written.
         """
         plan, reporter = self._plan, self._reporter
         began = saved = time.monotonic()
-        before = position.seconds
+        before, self._first_step = position.seconds, position.step
         evaluation: Evaluation | None = None
         kept, spoken = _Means(), _Means()
         while position.step < plan.total_steps:
@@ -95,7 +98,7 @@ class Trainer:
             step_began = time.monotonic()
             epoch, place = plan.place(position.step)
             batch = self._batch(epoch, place)
-            loss, norm, tokens = self._step(position.step, batch)
+            loss, norm, tokens, leave = self._step(position, batch, began)
             position.step += 1
             now = time.monotonic()
             position.seconds = before + now - began
@@ -130,16 +133,22 @@ class Trainer:
             if self._checkpoint_is_due(position.step, saved):
                 self._save(position)
                 saved = time.monotonic()
+            if leave and position.step < plan.total_steps:
+                self._leave(position)
         self._writer.close()
         return evaluation
 
-    def _step(self, step: int, indices: Indices) -> tuple[float, float, float]:
-        """One update from one global batch: (its mean loss, the gradient's norm, its tokens).
+    def _step(
+        self, position: Position, indices: Indices, began: float
+    ) -> tuple[float, float, float, bool]:
+        """One update from one global batch: (its mean loss, the gradient's norm, its tokens, whether
+        a rank's device is wanted back and all have to leave).
 
         Every rank computes its micro-batches and scales each loss so that DDP's mean over the ranks
         is the mean over the weights of the global batch (its examples, or its predicted tokens), also
         where that is a partial one.
         """
+        step = position.step
         weight = max(1, int(self._training.weights[indices].sum()))
         masks = derive(self._options.seed, "masks", step)
         loss = torch.zeros((), device=self._compute.device)
@@ -161,7 +170,9 @@ class Trainer:
         limit = self._options.max_grad_norm
         # The gradients are all-reduced, so their norm, and what is decided by it, is every rank's.
         norm = float(nn.utils.clip_grad_norm_(self._trained, math.inf if limit is None else limit))
-        loss_sum, token_sum = self._gang.sum([float(loss), tokens])
+        # Together, so that all ranks hear of it after the same step.
+        wanted_back = float(self._has_to_leave(position, began))
+        loss_sum, token_sum, leaving = self._gang.sum([float(loss), tokens, wanted_back])
         mean = loss_sum / weight
         if not math.isfinite(mean) or not math.isfinite(norm):
             raise _diverged(step, mean, norm)
@@ -170,7 +181,29 @@ class Trainer:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return mean, norm, token_sum
+        return mean, norm, token_sum, leaving > 0
+
+    def _has_to_leave(self, position: Position, began: float) -> bool:
+        """Whether this rank's device is wanted back before the training can be over."""
+        if self._reporter.asked_back is None:
+            return False
+        done = position.step - self._first_step
+        pace = (time.monotonic() - began) / done if done else math.inf
+        left = self._plan.total_steps - position.step
+        # Twice: the model has to be evaluated and written as well.
+        return 2 * left * pace > self._reporter.seconds_left
+
+    def _leave(self, position: Position) -> None:
+        """Make what is done durable, and leave.
+
+        Raises:
+            Preempted: always.
+        """
+        if self._gang.rank == 0:
+            if self._saved_step != position.step:
+                self._save(position)
+            self._writer.close()
+        raise Preempted(f"left at step {position.step} of {self._plan.total_steps}")
 
     def _batch(self, epoch: int, place: int) -> Indices:
         if self._order is None or self._order[0] != epoch:
@@ -235,6 +268,7 @@ class Trainer:
         state = describe(self._fingerprint, self._gang, position)
         self._blocked = time.monotonic() - began
         self._writer.submit(position.step, tensors, state)
+        self._saved_step = position.step
 
     def _checkpoint_written(self, written: Written) -> None:
         # On the writer's thread.
