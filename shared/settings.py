@@ -60,7 +60,8 @@ class Settings(BaseSettings):
     end_grace: float = Field(10, ge=0)
     """What a rank gets between the request to end and SIGKILL."""
     drain_grace: float = Field(30, ge=0)
-    """What running attempts get on SIGTERM to the worker before they are ended and tried again."""
+    """What running attempts get on SIGTERM to the worker, to make a checkpoint or to end, before they
+    are ended and tried again."""
     rank_host: str | None = None
     """Address of this host for the ranks of a gang on several hosts; by default the one from which
     it reaches the broker."""

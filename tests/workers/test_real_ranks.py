@@ -18,7 +18,7 @@ from tests.workers.fleet import Fleet
 pytestmark = pytest.mark.slow
 
 
-def train(fleet: Fleet, model: Path) -> str:
+def train(fleet: Fleet, model: Path, *, epochs: int = 4, every_steps: int | None = 4) -> str:
     rows = ResolvedInput(path=str(fleet.data / "train.jsonl"), size=1)
     held_out = ResolvedInput(path=str(fleet.data / "held-out.jsonl"), size=1)
     return fleet.submit(
@@ -27,8 +27,13 @@ def train(fleet: Fleet, model: Path) -> str:
             "task": "text-classification",
             "data": {"train": "x", "validation": "y"},
             "resources": {"devices": 2},
-            "hyperparameters": {"batch_size": 16, "epochs": 4, "learning_rate": 3e-3, "seed": 7},
-            "checkpoint": {"every_steps": 4},
+            "hyperparameters": {
+                "batch_size": 16,
+                "epochs": epochs,
+                "learning_rate": 3e-3,
+                "seed": 7,
+            },
+            "checkpoint": {"every_steps": every_steps, "every_seconds": None},
         },
         {"train": rows, "validation": held_out},
         model=str(model),
@@ -40,16 +45,43 @@ def weights(fleet: Fleet, job_id: str) -> str:
     return next(a.sha256 for a in artifacts if a.name.endswith("model.safetensors"))
 
 
-def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
-    new_fleet: Callable[..., Fleet], database: str, valkey_url: str
-) -> None:
+@pytest.fixture
+def material(new_fleet: Callable[..., Fleet], database: str, valkey_url: str) -> tuple[Fleet, Path]:
+    """A fleet with a scheduler, data, and the folder of a tiny model."""
     # Long enough that loading on a busy machine is no lost lease.
-    fleet = new_fleet(database, valkey_url, lease_ttl="20", claim_timeout="60")
+    fleet = new_fleet(database, valkey_url, lease_ttl="20", claim_timeout="60", drain_grace="20")
     fleet.start_scheduler()
-    bert = make_bert(fleet.data / "bert")
     write_rows(fleet.data / "train.jsonl", make_rows(256, seed=1))
+    write_rows(fleet.data / "held-out.jsonl", make_rows(64, seed=2))
+    return fleet, make_bert(fleet.data / "bert")
+
+
+def test_a_drained_training_goes_on_where_it_was(material: tuple[Fleet, Path]) -> None:
+    fleet, bert = material
+    fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
+    undisturbed = train(fleet, bert, epochs=60, every_steps=None)
+    fleet.wait(undisturbed, "succeeded", within=120)
+    drained = train(fleet, bert, epochs=60, every_steps=None)
+    eventually(lambda: (fleet.job(drained).progress or {}).get("step", 0) >= 20, within=60)
+    assert fleet.stop_host() == 0
+    (first,) = fleet.attempts(drained)
+    assert first.failure is not None
+    assert first.failure["code"] == "preempted", fleet.story(drained)
+    (checkpoint,) = fleet.store.call(read.list_checkpoints, drained)
+    assert 20 <= checkpoint.step < 60 * 16
+    fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
+    job = fleet.wait(drained, "succeeded", within=120)
+    assert job.summary is not None
+    assert job.summary["resumed_from"]["step"] == checkpoint.step
+    assert len(fleet.attempts(drained)) == 2
+    assert weights(fleet, drained) == weights(fleet, undisturbed)
+
+
+def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
+    material: tuple[Fleet, Path],
+) -> None:
+    fleet, bert = material
     held_out = make_rows(64, seed=2)
-    write_rows(fleet.data / "held-out.jsonl", held_out)
     fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
 
     undisturbed = train(fleet, bert)
