@@ -81,7 +81,7 @@ def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None)
     rows = options.micro_batch_size or -(-options.batch_size // spec.resources.devices)
     length = sequence_length(shape, longest_text, options.max_length)
     element = BF16 if options.precision == "bf16" else FP32
-    trainable = shape.trainable(options.freeze)
+    trainable = lora_elements(shape, spec) or shape.trainable(options.freeze)
     per_token = 10 * shape.hidden + (3 if shape.gated_mlp else 2) * shape.intermediate
     activations = shape.layers * rows * length * per_token * element
     embeddings = rows * length * shape.hidden * element * 2
@@ -89,6 +89,17 @@ def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None)
     if spec.task == "embeddings":  # both texts of a pair go through the model together
         activations, embeddings = 2 * activations, 2 * embeddings
     return FP32 * shape.parameters + 12 * trainable + activations + embeddings + logits + RUNTIME
+
+
+def lora_elements(shape: ModelShape, spec: TrainSpec) -> int:
+    """Elements of the matrices that method 'lora' trains; 0 for others.
+
+    Two projections a layer where the customary ones are taken, all seven linear layers at most.
+    """
+    if spec.method != "lora":
+        return 0
+    layers_named = min(7, len(spec.adaptation.targets) or 2)
+    return 2 * spec.adaptation.r * shape.hidden * layers_named * shape.layers
 
 
 def _logits_bytes(shape: ModelShape, task: str) -> int:

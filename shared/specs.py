@@ -230,6 +230,17 @@ class Hyperparameters(Strict):
         return self
 
 
+class Lora(Strict):
+    """Low-rank adaptation: small matrices are trained beside frozen weights."""
+
+    r: int = Field(8, ge=1, le=4096, description="Rank of the matrices.")
+    alpha: float = Field(16.0, gt=0, description="Their product is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = Field(
+        (), description="Names of layers; none: those customary for the architecture."
+    )
+
+
 class Checkpointing(Strict):
     every_steps: int | None = Field(None, ge=1)
     every_seconds: float | None = Field(600, gt=0)
@@ -247,9 +258,12 @@ class TrainSpec(_Job):
     problem: Problem = Field(
         "single-label", description="text-classification: one label a text, any number, or a score."
     )
-    method: Literal["full", "pretrain"] = Field(
-        "full", description="pretrain: `architecture` in place of `model`, from random weights."
+    method: Literal["full", "lora", "pretrain"] = Field(
+        "full",
+        description="full: all weights; lora: small matrices beside them; pretrain: `architecture` in "
+        "place of `model`, from random weights.",
     )
+    lora: Lora | None = None
     model: str | None = Field(
         None, min_length=1, max_length=1024, description=MODEL, examples=_MODELS
     )
@@ -265,7 +279,11 @@ class TrainSpec(_Job):
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if self.method == "full":
+        if self.lora is not None and self.method != "lora":
+            raise ValueError("lora is for method 'lora': set it, or drop lora")
+        if self.method == "lora" and self.hyperparameters.freeze:
+            raise ValueError("method 'lora' freezes all but its own weights: drop freeze")
+        if self.method != "pretrain":
             if self.model is None:
                 raise ValueError(
                     "model must name what to fine-tune (or choose method 'pretrain' and an architecture)"
@@ -290,6 +308,11 @@ class TrainSpec(_Job):
         if self.hyperparameters.freeze:
             raise ValueError("freeze keeps weights as they are, and those of pretrain are random")
         return self
+
+    @property
+    def adaptation(self) -> Lora:
+        """The options of method 'lora'."""
+        return self.lora or Lora()
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Self:

@@ -32,6 +32,8 @@ class Case:
     problem: str = "single-label"
     lower_is_better: bool = False
     hyperparameters: dict[str, Any] = field(default_factory=dict)
+    spec_fields: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the spec: method, lora."""
 
 
 def multi_label_rows(count: int, seed: int) -> list[dict[str, Any]]:
@@ -69,6 +71,26 @@ CASES = (
         metric="accuracy",
         learned=0.9,
         loads_as="AutoModelForSequenceClassification",
+    ),
+    Case(
+        name="lora",
+        task="text-classification",
+        model=make_bert,
+        rows=make_rows,
+        metric="accuracy",
+        learned=0.9,
+        loads_as="AutoModelForSequenceClassification",
+        hyperparameters={"learning_rate": 3e-3, "dropout": 0.0, "epochs": 12},
+        # The base is random here, so its embeddings have to be adapted as well.
+        spec_fields={
+            "method": "lora",
+            "lora": {
+                "r": 16,
+                "alpha": 32,
+                "dropout": 0.1,
+                "targets": ["query", "key", "value", "dense", "word_embeddings"],
+            },
+        },
     ),
     Case(
         name="multi-label",

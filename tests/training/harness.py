@@ -235,6 +235,7 @@ def make_assignment(
     ranks: int = 1,
     task: str = "text-classification",
     problem: str = "single-label",
+    spec_fields: dict[str, Any] | None = None,
     validation: Path | None = None,
     validation_split: float | None = None,
     checkpoint: dict[str, Any] | None = None,
@@ -258,6 +259,7 @@ def make_assignment(
             "hyperparameters": hyperparameters,
             "resources": {"devices": ranks},
             "checkpoint": checkpoint or {"every_seconds": None},
+            **(spec_fields or {}),
         }
     )
     return TrainAssignment(

@@ -41,6 +41,7 @@ class Material:
             task=self.case.task,
             problem=self.case.problem,
             validation=self.validation,
+            spec_fields=self.case.spec_fields,
             **{**OPTIONS, **self.case.hyperparameters, **options},
         )
 

@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.ranks.checkpoint import place
 from workers.ranks.loading import quiet
+
+if TYPE_CHECKING:
+    from workers.ranks.train.lora import Adapter
 
 _ASIDE = ".writing-"
 
@@ -21,15 +24,25 @@ def deliver(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     metrics: Mapping[str, Any],
+    adapter: Adapter | None = None,
+    base: str = "",
 ) -> list[Path]:
     """Write ``model/`` and ``metrics.json`` below ``artifacts``; returns the files in place.
 
     ``model/`` is a plain ``from_pretrained`` folder: safetensors, config with label names, tokenizer.
+    With an ``adapter``, that is written to ``adapter/`` as PEFT has it, and merged into the model;
+    ``base`` is what the spec calls the model below it.
 
     Raises:
         OSError: it could not be written; a name that is in place is whole.
     """
     artifacts.mkdir(parents=True, exist_ok=True)
+    if adapter is not None:
+        aside = artifacts / f"{_ASIDE}adapter"
+        shutil.rmtree(aside, ignore_errors=True)
+        adapter.save(aside, base)
+        place(aside, artifacts / "adapter")
+        model = adapter.merge()
     aside = artifacts / f"{_ASIDE}model"
     shutil.rmtree(aside, ignore_errors=True)
     with quiet():
@@ -39,5 +52,6 @@ def deliver(
     aside = artifacts / f"{_ASIDE}metrics.json"
     aside.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
     place(aside, artifacts / "metrics.json")
-    files = sorted(file for file in (artifacts / "model").rglob("*") if file.is_file())
+    folders = [artifacts / name for name in ("adapter", "model")]
+    files = sorted(file for each in folders for file in each.rglob("*") if file.is_file())
     return [*files, artifacts / "metrics.json"]

@@ -6,13 +6,14 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from shared.lifecycle import FailureClass
 from shared.messages import Done, Failed, Ready, TrainAssignment
+from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError
 from workers.ranks.train.deliver import deliver
 from workers.ranks.train.device import Compute, open_device
@@ -36,6 +37,9 @@ from workers.ranks.train.state import (
 )
 from workers.ranks.train.tasks import Task, open_task
 from workers.ranks.train.tasks.base import Evaluation
+
+if TYPE_CHECKING:
+    from workers.ranks.train.lora import Adapter
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 3
 """Exit codes. ``STOPPED``: the worker ordered it, or is gone."""
@@ -78,6 +82,9 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     _require_fitting_tokenizer(model, training, validation)
 
     model.to(compute.device)  # type: ignore[arg-type]
+    adapter = None
+    if spec.method == "lora":
+        adapter = _add_lora(task, spec)
     frozen = freeze(model, options.freeze)
     unused = set_aside_unused(task, model, warm_up_batch(task, training, plan, compute), compute)
     optimizer = make_optimizer(model, options)
@@ -118,7 +125,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     summary: dict[str, Any] = {}
     if gang.rank == 0:
         summary = _summary(task, plan, position, evaluation, resumed, first, seconds)
-        _deliver(assignment, task, plan, position, evaluation, summary, compute, reporter)
+        _deliver(assignment, task, plan, position, evaluation, summary, compute, adapter, reporter)
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
 
 
@@ -131,6 +138,18 @@ def _read(assignment: TrainAssignment, task: Task) -> tuple[Examples, Examples |
     if data.validation_split is not None:
         return split(training, data.validation_split, seed, by=task.split_by)
     return training, None
+
+
+def _add_lora(task: Task, spec: TrainSpec) -> Adapter:
+    # Imported here: PEFT takes seconds, and most trainings do without it.
+    from workers.ranks.train.lora import add_lora
+
+    return add_lora(
+        task.loaded.model,
+        spec.adaptation,
+        seed=spec.hyperparameters.seed,
+        train_head=bool(task.loaded.labels),
+    )
 
 
 def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedule]:
@@ -184,6 +203,9 @@ def _say_what(
 ) -> None:
     model = task.loaded.model
     aside = (f", {frozen:,} frozen" if frozen else "") + (f", {unused:,} unused" if unused else "")
+    if assignment.spec.method == "lora":
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        aside += f", {trained:,} trained (LoRA)"
     reporter.say(
         f"model {name}: {type(model).__name__}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters{aside}, "
@@ -260,6 +282,7 @@ def _deliver(
     evaluation: Evaluation | None,
     summary: Mapping[str, Any],
     compute: Compute,
+    adapter: Adapter | None,
     reporter: Reporter,
 ) -> None:
     metrics = {
@@ -273,7 +296,9 @@ def _deliver(
         **(evaluation.details if evaluation else {}),
     }
     artifacts = Path(assignment.work_dir) / "artifacts"
-    for file in deliver(artifacts, task.loaded.model, task.loaded.tokenizer, metrics):
+    base = assignment.spec.model or ""
+    model, tokenizer = task.loaded.model, task.loaded.tokenizer
+    for file in deliver(artifacts, model, tokenizer, metrics, adapter, base):
         reporter.artifact(artifacts, file)
     reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")
 

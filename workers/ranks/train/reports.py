@@ -122,7 +122,7 @@ class Reporter:
         self.send(
             ArtifactWritten(
                 name=name,
-                kind="model" if name.startswith("model/") else "metrics",
+                kind="model" if name.startswith(("model/", "adapter/")) else "metrics",
                 path=str(file),
                 size=entry.size,
                 sha256=entry.sha256,
