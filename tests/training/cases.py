@@ -60,6 +60,43 @@ def scored_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+PARTS = {
+    **dict.fromkeys(("the", "a"), "DET"),
+    **dict.fromkeys(("of", "with", "in"), "ADP"),
+    **dict.fromkeys(("very", "old", "new", "small", "large"), "ADJ"),
+    "and": "CCONJ",
+    "is": "VERB",
+}
+
+
+def entity_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Topics are entities of one to three words; some of their words begin one, others go on."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words: list[str] = []
+        tags: list[str] = []
+        for _ in range(draw.randint(1, 4)):
+            topic = draw.choice(sorted(TOPICS))
+            begin, go_on = TOPICS[topic][:3], TOPICS[topic][3:]
+            outside = draw.choices(FILLER, k=draw.randint(1, 4))
+            entity = [draw.choice(begin), *draw.choices(go_on, k=draw.randint(0, 2))]
+            words += outside + entity
+            tags += ["O"] * len(outside)
+            tags += [f"B-{topic.upper()}"] + [f"I-{topic.upper()}"] * (len(entity) - 1)
+        rows.append({"tokens": words, "tags": tags})
+    return rows
+
+
+def part_of_speech_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """A tag a word, with no prefix; topics are nouns."""
+    rows = []
+    for row in make_rows(count, seed):
+        words = row["text"].split()
+        rows.append({"tokens": words, "tags": [PARTS.get(word, "NOUN") for word in words]})
+    return rows
+
+
 CASES = (
     Case(
         name="single-label",
@@ -90,5 +127,23 @@ CASES = (
         metric="pearson",
         learned=0.85,
         loads_as="AutoModelForSequenceClassification",
+    ),
+    Case(
+        name="entities",
+        task="token-classification",
+        model=make_bert,
+        rows=entity_rows,
+        metric="f1",
+        learned=0.95,
+        loads_as="AutoModelForTokenClassification",
+    ),
+    Case(
+        name="parts-of-speech",
+        task="token-classification",
+        model=make_bert,
+        rows=part_of_speech_rows,
+        metric="macro_f1",
+        learned=0.95,
+        loads_as="AutoModelForTokenClassification",
     ),
 )
