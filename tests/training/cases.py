@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.training.harness import FILLER, TOPICS, make_bert, make_rows
+from tests.training.harness import FILLER, TOPICS, make_bart, make_bert, make_rows, make_t5
 
 Rows = Callable[[int, int], list[dict[str, Any]]]
 """(how many, seed) -> rows."""
@@ -97,6 +97,31 @@ def part_of_speech_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def answer_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Among other words one is of a topic: to be written in capitals, and the topic behind it."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        topic = draw.choice(sorted(TOPICS))
+        word = draw.choice(TOPICS[topic])
+        words = [word, *draw.choices(FILLER, k=draw.randint(0, 3))]
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "target": f"{word.upper()} is {topic}"})
+    return rows
+
+
+def summary_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Texts of some words about one topic, to be summed up in four."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        topic = draw.choice(sorted(TOPICS))
+        words = draw.choices(TOPICS[topic], k=3) + draw.choices(FILLER, k=draw.randint(0, 3))
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "target": f"is in the {topic}"})
+    return rows
+
+
 CASES = (
     Case(
         name="single-label",
@@ -145,5 +170,25 @@ CASES = (
         metric="macro_f1",
         learned=0.95,
         loads_as="AutoModelForTokenClassification",
+    ),
+    Case(
+        name="text2text",
+        task="text2text",
+        model=make_t5,
+        rows=answer_rows,
+        metric="rougeL",
+        learned=0.9,
+        hyperparameters={"epochs": 10, "eval_every_steps": 50},
+        loads_as="AutoModelForSeq2SeqLM",
+    ),
+    Case(
+        name="summarization",
+        task="summarization",
+        model=make_bart,
+        rows=summary_rows,
+        metric="exact_match",
+        learned=0.9,
+        hyperparameters={"epochs": 7, "eval_every_steps": 50},
+        loads_as="AutoModelForSeq2SeqLM",
     ),
 )

@@ -225,7 +225,7 @@ def test_the_loss_is_summed_over_the_words(tmp_path: Path, bert: Path, smoothing
     data = task.read(tmp_path / "rows.jsonl")
     batch = task.batch(data, [0, 1], seed=0)
     compute = Compute(torch.device("cpu"), "gloo", None)
-    loss = task.loss(task.loaded.model, batch, compute)
+    loss = task.loss(task.loaded.model, batch, compute).detach()
     logits = task.loaded.model(**batch.inputs).logits.double()
     chances = logits.detach().log_softmax(dim=-1)
     expected = 0.0
