@@ -382,7 +382,6 @@ def make_bart(folder: Path, seed: int = 0) -> Path:
         bos_token_id=2,
         eos_token_id=1,
         decoder_start_token_id=1,
-        forced_eos_token_id=1,
         init_std=0.1,
     )
     BartForConditionalGeneration(config).save_pretrained(folder)
