@@ -212,6 +212,8 @@ def _tagged(fields: dict[str, Any], columns: Columns) -> Tagged:
         blank = next((i for i, item in enumerate(items) if not item.strip()), None)
         if blank is not None:
             raise BadRow("invalid_tags", f"column '{name}'[{blank}] is empty")
+        if not all(map(_is_utf8, items)):
+            raise BadRow("invalid_tags", f"column '{name}' holds half of a surrogate pair")
     return Tagged(tuple(words), tuple(tags))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.training.harness import FILLER, TOPICS, make_bert, make_rows
+from tests.training.harness import FILLER, TOPICS, make_bart, make_bert, make_rows, make_t5
 
 Rows = Callable[[int, int], list[dict[str, Any]]]
 """(how many, seed) -> rows."""
@@ -59,6 +59,68 @@ def scored_rows(count: int, seed: int) -> list[dict[str, Any]]:
         words = draw.choices(TOPICS["animal"], k=animals) + draw.choices(FILLER, k=others)
         draw.shuffle(words)
         rows.append({"text": " ".join(words), "label": round(10 * animals / len(words), 3)})
+    return rows
+
+
+PARTS = {
+    **dict.fromkeys(("the", "a"), "DET"),
+    **dict.fromkeys(("of", "with", "in"), "ADP"),
+    **dict.fromkeys(("very", "old", "new", "small", "large"), "ADJ"),
+    "and": "CCONJ",
+    "is": "VERB",
+}
+
+
+def entity_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Topics are entities of one to three words; some of their words begin one, others go on."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        words: list[str] = []
+        tags: list[str] = []
+        for _ in range(draw.randint(1, 4)):
+            topic = draw.choice(sorted(TOPICS))
+            begin, go_on = TOPICS[topic][:3], TOPICS[topic][3:]
+            outside = draw.choices(FILLER, k=draw.randint(1, 4))
+            entity = [draw.choice(begin), *draw.choices(go_on, k=draw.randint(0, 2))]
+            words += outside + entity
+            tags += ["O"] * len(outside)
+            tags += [f"B-{topic.upper()}"] + [f"I-{topic.upper()}"] * (len(entity) - 1)
+        rows.append({"tokens": words, "tags": tags})
+    return rows
+
+
+def part_of_speech_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """A tag a word, with no prefix; topics are nouns."""
+    rows = []
+    for row in make_rows(count, seed):
+        words = row["text"].split()
+        rows.append({"tokens": words, "tags": [PARTS.get(word, "NOUN") for word in words]})
+    return rows
+
+
+def answer_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Among other words one is of a topic: to be written in capitals, and the topic behind it."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        topic = draw.choice(sorted(TOPICS))
+        word = draw.choice(TOPICS[topic])
+        words = [word, *draw.choices(FILLER, k=draw.randint(0, 3))]
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "target": f"{word.upper()} is {topic}"})
+    return rows
+
+
+def summary_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Texts of some words about one topic, to be summed up in four."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        topic = draw.choice(sorted(TOPICS))
+        words = draw.choices(TOPICS[topic], k=3) + draw.choices(FILLER, k=draw.randint(0, 3))
+        draw.shuffle(words)
+        rows.append({"text": " ".join(words), "target": f"is in the {topic}"})
     return rows
 
 
@@ -112,5 +174,43 @@ CASES = (
         metric="pearson",
         learned=0.85,
         loads_as="AutoModelForSequenceClassification",
+    ),
+    Case(
+        name="entities",
+        task="token-classification",
+        model=make_bert,
+        rows=entity_rows,
+        metric="f1",
+        learned=0.95,
+        loads_as="AutoModelForTokenClassification",
+    ),
+    Case(
+        name="parts-of-speech",
+        task="token-classification",
+        model=make_bert,
+        rows=part_of_speech_rows,
+        metric="macro_f1",
+        learned=0.95,
+        loads_as="AutoModelForTokenClassification",
+    ),
+    Case(
+        name="text2text",
+        task="text2text",
+        model=make_t5,
+        rows=answer_rows,
+        metric="rougeL",
+        learned=0.9,
+        hyperparameters={"epochs": 10, "eval_every_steps": 50},
+        loads_as="AutoModelForSeq2SeqLM",
+    ),
+    Case(
+        name="summarization",
+        task="summarization",
+        model=make_bart,
+        rows=summary_rows,
+        metric="exact_match",
+        learned=0.9,
+        hyperparameters={"epochs": 7, "eval_every_steps": 50},
+        loads_as="AutoModelForSeq2SeqLM",
     ),
 )

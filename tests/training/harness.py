@@ -49,7 +49,13 @@ R = TypeVar("R")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["workers.ranks.train", "transformers.models.bert.modeling_bert", "tests.training.harness"]
+    [
+        "workers.ranks.train",
+        "transformers.models.bart.modeling_bart",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.t5.modeling_t5",
+        "tests.training.harness",
+    ]
 )
 
 
@@ -351,3 +357,78 @@ def make_from_scratch(folder: str, spec: TrainSpec, train: str) -> str:
     for file in sorted(Path(folder).iterdir()):
         sha.update(file.name.encode() + file.read_bytes())
     return sha.hexdigest()
+
+
+def make_t5(folder: Path, seed: int = 0) -> Path:
+    """A T5 of 2 + 2 layers and 32 hidden, untrained: relative positions, one embedding for all."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    size = _save_word_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=size,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def make_bart(folder: Path, seed: int = 0) -> Path:
+    """A BART of 1 + 1 layers and 32 hidden, untrained: 64 learned positions."""
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    size = _save_word_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=size,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        init_std=0.1,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def _save_word_tokenizer(folder: Path) -> int:
+    """A token a word of the topics, small and in capitals, with ``</s>`` at the end of a text;
+    returns how many it knows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*FILLER, *(word for topic in TOPICS.values() for word in topic), *TOPICS]
+    words = ["<pad>", "</s>", "<s>", "<unk>", *words, *(word.upper() for word in words)]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="<unk>",
+        model_max_length=64,
+    ).save_pretrained(folder)
+    return len(words)

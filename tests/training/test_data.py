@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.specs import TrainSpec
+from shared.specs import Hyperparameters, TrainSpec
 from tests.training.harness import make_rows, write_rows
 from workers.ranks.loading import load_tokenizer
 from workers.ranks.train.examples import Examples, Ragged
@@ -26,7 +26,8 @@ def spec(
 ) -> TrainSpec:
     """Of a training on data that the test names itself."""
     data = {"train": "rows.jsonl", "columns": columns or {}}
-    hyperparameters = {"max_length": fields.pop("max_length", None)}
+    names = Hyperparameters.model_fields.keys() & fields.keys()
+    hyperparameters = {name: fields.pop(name) for name in names}
     return TrainSpec.model_validate(
         {"task": task, "model": "m", "data": data, "hyperparameters": hyperparameters, **fields}
     )

@@ -241,7 +241,7 @@ class Trainer:
         values = evaluation.values
         position.evaluations.append({"step": position.step, **values})
         self._reporter.metric(Metric(split="validation", step=position.step, values=values))
-        shown = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items())
+        shown = ", ".join(f"{name.replace('_', ' ')} {_shown(v)}" for name, v in values.items())
         self._reporter.say(
             f"validation at step {position.step}: {shown} "
             f"({len(self._validation):,} examples in {time.monotonic() - began:.1f} s)"
@@ -314,6 +314,11 @@ class _Means:
     @property
     def examples_per_second(self) -> float:
         return self._examples / max(1e-9, self._seconds)
+
+
+def _shown(value: float) -> str:
+    """Counts are whole numbers."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _diverged(step: int, loss: float, norm: float) -> TrainingFailed:

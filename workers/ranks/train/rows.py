@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -107,14 +108,24 @@ def class_of(label: str, classes: Mapping[str, int], path: Path, line: int) -> i
 
 
 def tokenise(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    max_length: int,
+    *,
+    target: bool = False,
 ) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of each text with its special tokens, and whether it was cut to ``max_length``."""
+    """Token ids of each text with its special tokens, and whether it was cut to ``max_length``.
+
+    ``target``: the texts are what is to be written, which some tokenizers mark in another way.
+    """
+    argument = "text_target" if target else "text"
     # Whole first: what a cut leaves does not say whether there was one.
-    ids: list[list[int]] = tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+    whole: dict[str, Any] = {argument: list(texts)}
+    ids: list[list[int]] = tokenizer(**whole, truncation=False, verbose=False)["input_ids"]
     cut = [len(text) > max_length for text in ids]
     for index in [i for i, was_cut in enumerate(cut) if was_cut]:
-        ids[index] = tokenizer(texts[index], truncation=True, max_length=max_length, verbose=False)[
+        part: dict[str, Any] = {argument: texts[index]}
+        ids[index] = tokenizer(**part, truncation=True, max_length=max_length, verbose=False)[
             "input_ids"
         ]
     return ids, cut

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shared.specs import TrainSpec
+from shared.specs import SEQ2SEQ, TrainSpec
 from workers.ranks.train.tasks.base import Task
+from workers.ranks.train.tasks.text2text import Text2Text
 from workers.ranks.train.tasks.text_classification import open_text_classification
+from workers.ranks.train.tasks.token_classification import TokenClassification
 
 __all__ = ["Task", "open_task"]
 
@@ -19,4 +21,8 @@ def open_task(spec: TrainSpec, model_path: Path, train_path: Path) -> Task:
     """
     if spec.task == "text-classification":
         return open_text_classification(spec, model_path, train_path)
+    if spec.task == "token-classification":
+        return TokenClassification.open(spec, model_path, train_path)
+    if spec.task in SEQ2SEQ:
+        return Text2Text.open(spec, model_path, train_path)
     raise AssertionError(f"no task '{spec.task}'")

@@ -52,8 +52,8 @@ class Evaluation:
 class Task(ABC):
     """One task on one loaded model. Everything but ``open`` is a function of its arguments."""
 
-    best: ClassVar[str]
-    """The metric by which two evaluations are compared."""
+    best: str
+    """The metric by which two evaluations are compared. May depend on the training data."""
     better: ClassVar[Literal["higher", "lower"]] = "higher"
     split_by: ClassVar[str | None] = None
     """The dense column whose values each keep their share in a validation split."""

@@ -63,5 +63,8 @@ def _position_limit(model: PreTrainedModel) -> int | None:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - skipped
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    for name in ("max_position_embeddings", "max_encoder_position_embeddings"):
+        limit = getattr(model.config, name, None)
+        if isinstance(limit, int) and limit > 0:
+            return limit
+    return None
