@@ -6,7 +6,10 @@ from pathlib import Path
 
 from shared.specs import TrainSpec
 from workers.ranks.train.tasks.base import Task
+from workers.ranks.train.tasks.embeddings import Embeddings
+from workers.ranks.train.tasks.fill_mask import FillMask
 from workers.ranks.train.tasks.text_classification import open_text_classification
+from workers.ranks.train.tasks.text_generation import TextGeneration
 
 __all__ = ["Task", "open_task"]
 
@@ -19,4 +22,10 @@ def open_task(spec: TrainSpec, model_path: Path, train_path: Path) -> Task:
     """
     if spec.task == "text-classification":
         return open_text_classification(spec, model_path, train_path)
+    if spec.task == "text-generation":
+        return TextGeneration.open(spec, model_path, train_path)
+    if spec.task == "fill-mask":
+        return FillMask.open(spec, model_path, train_path)
+    if spec.task == "embeddings":
+        return Embeddings.open(spec, model_path, train_path)
     raise AssertionError(f"no task '{spec.task}'")
