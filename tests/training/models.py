@@ -93,7 +93,7 @@ def make_masked_bert(folder: Path) -> Path:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=64, max_position_embeddings=64, pad_token_id=1,
+        intermediate_size=64, max_position_embeddings=64, pad_token_id=1, initializer_range=0.1,
     )  # fmt: skip
     BertForMaskedLM(config).save_pretrained(folder)
     return folder
