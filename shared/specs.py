@@ -130,6 +130,8 @@ TASK_OPTIONS: dict[str, str] = {
     "contrastive_temperature": "embeddings",
 }
 """Hyperparameters that one task alone has."""
+PACKED_LENGTH = 2048
+"""Tokens of a block of packed texts at most, where ``max_length`` does not say."""
 
 
 class TrainData(Strict):
@@ -171,7 +173,7 @@ class Hyperparameters(Strict):
     packing: bool = Field(
         False,
         description="text-generation on plain text: texts one after another fill blocks of "
-        "max_length tokens (by default the model's limit, at most 2048).",
+        f"max_length tokens (by default the model's limit, at most {PACKED_LENGTH}).",
     )
     mask_probability: float = Field(
         0.15, gt=0, lt=1, description="fill-mask: share of a text's tokens that is to be guessed."

@@ -263,7 +263,8 @@ def _deliver(
         **(evaluation.details if evaluation else {}),
     }
     artifacts = Path(assignment.work_dir) / "artifacts"
-    written = deliver(artifacts, task.loaded.model, task.loaded.tokenizer, metrics, task.finish)
+    model, tokenizer = task.loaded.model, task.unused_tokenizer
+    written = deliver(artifacts, model, tokenizer, metrics, task.finish)
     for file in written:
         reporter.artifact(artifacts, file)
     reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")

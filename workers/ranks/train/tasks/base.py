@@ -6,6 +6,7 @@ model is judged. The loop knows steps, ranks, checkpoints and the optimizer, and
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ class Task(ABC):
     def __init__(self, loaded: Loaded, spec: TrainSpec) -> None:
         self.loaded = loaded
         self.spec = spec
+        # Every use leaves its limit in a tokenizer, and would leave it in the one that is delivered.
+        self.unused_tokenizer = copy.deepcopy(loaded.tokenizer)
         pad = loaded.tokenizer.pad_token_id
         self.pad = int(pad if pad is not None else loaded.tokenizer.eos_token_id or 0)
 

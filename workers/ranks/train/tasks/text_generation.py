@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from shared.examples import Chat, Completion, Passage, Placed
 from shared.lifecycle import FailureClass
 from shared.records import BadRow
-from shared.specs import TrainSpec
+from shared.specs import PACKED_LENGTH, TrainSpec
 from workers.ranks.loading import LoadError, load_causal_lm, load_tokenizer
 from workers.ranks.train.examples import IGNORED, Batch, Examples, pad_tokens
 from workers.ranks.train.failures import DataProblem, TrainingFailed
@@ -23,9 +23,6 @@ from workers.ranks.train.tasks.base import Loaded
 from workers.ranks.train.tasks.model import text_limit
 from workers.ranks.train.tasks.prediction import TokenPrediction
 from workers.ranks.train.tasks.spans import Encoded, encode_chat, encode_spans, runs
-
-PACKED_LENGTH = 2048
-"""Tokens of a block at most, where ``max_length`` does not say."""
 
 
 class TextGeneration(TokenPrediction):
