@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from shared.examples import Chat
 from shared.records import BadRow
@@ -17,6 +19,7 @@ from workers.ranks.loading import LoadError
 
 Span = tuple[int, int]
 """Characters of a text, from and up to."""
+T = TypeVar("T")
 
 _MARKS_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -98,13 +101,9 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Encoded:
     """
     messages = [{"role": role, "content": content} for role, content in chat.turns]
     if _marks_generation(tokenizer):
-        return _as_marked(tokenizer, messages)
-
-    def render(turns: list[dict[str, str]], prompt: bool) -> str:
-        options = {"tokenize": False, "add_generation_prompt": prompt}
-        return str(_apply(tokenizer, turns, options))
-
-    text, spans = assistant_spans(messages, render)
+        text, spans = _taken(lambda: _marked_spans(tokenizer, messages))
+    else:
+        text, spans = assistant_spans(messages, partial(_render, tokenizer))
     # A rendered chat has its special tokens from the template already.
     return encode_spans(tokenizer, [text], [spans], special=False)[0]
 
@@ -147,17 +146,36 @@ def _marks_generation(tokenizer: PreTrainedTokenizerBase) -> bool:
     return isinstance(template, str) and _MARKS_GENERATION.search(template) is not None
 
 
-def _as_marked(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> Encoded:
-    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
-    encoded = _apply(tokenizer, messages, options)
-    return Encoded(list(encoded["input_ids"]), np.array(encoded["assistant_masks"], np.bool_))
+def _marked_spans(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]
+) -> tuple[str, list[Span]]:
+    # Not by `return_assistant_tokens_mask`: it loses every turn from one on that begins with white
+    # space, where the tokenizer leaves that out of its offsets.
+    names: dict[str, Any] = dict(tokenizer.special_tokens_map)
+    answer: Any = render_jinja_template(
+        conversations=[messages],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **names,
+    )
+    rendered, spans = answer
+    return str(rendered[0]), [(int(begin), int(end)) for begin, end in spans[0]]
 
 
-def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], options: dict[str, Any]
-) -> Any:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], prompt: bool
+) -> str:
+    def render() -> str:
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        )
+
+    return _taken(render)
+
+
+def _taken(render: Callable[[], T]) -> T:
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        return render()
     except Exception as error:  # a template is a program of the model's author
         lines = str(error).strip().splitlines()
         raise BadRow(
