@@ -29,6 +29,7 @@ from workers.ranks.loading import LoadError
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import IGNORED, Examples, Ragged
 from workers.ranks.train.failures import DataProblem, TrainingFailed
+from workers.ranks.train.parallel import set_aside_unused
 from workers.ranks.train.tasks import Task, open_task
 from workers.ranks.train.tasks.fill_mask import FillMask
 from workers.ranks.train.tasks.spans import assistant_spans, runs, touching
@@ -190,10 +191,11 @@ def test_targets_are_the_next_tokens_and_the_loss_is_that_of_transformers(
     assert torch.isclose(own / examples.weights.sum(), theirs)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+PREDICTING = [case for case in CASES if case.task in ("text-generation", "fill-mask")]
+
+
+@pytest.mark.parametrize("case", PREDICTING, ids=lambda case: case.name)
 def test_an_examples_weight_is_what_its_batch_predicts(case: Case, tmp_path: Path) -> None:
-    if case.task not in ("text-generation", "fill-mask"):
-        pytest.skip("its weight is 1")
     file = write_rows(tmp_path / "rows.jsonl", case.rows(20, 3))
     task = open_task(spec(case.task, **case.hyperparameters), case.model(tmp_path / "model"), file)
     examples = task.read(file)
@@ -226,6 +228,21 @@ def test_what_is_cut_is_counted_and_what_is_not_learned_is_told(gpt2: Path, tmp_
     AutoTokenizer.from_pretrained(gpt2).save_pretrained(tmp_path / "again")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (gang.model / name).read_text() == (tmp_path / "again" / name).read_text()
+
+
+@pytest.mark.parametrize("task_name", ["text-generation", "fill-mask"])
+def test_an_example_with_nothing_to_predict_has_a_loss_of_0_and_gradients(
+    gpt2: Path, masked_bert: Path, tmp_path: Path, task_name: str
+) -> None:
+    """What the loss depends on is found out with the shortest example, which may be such a one."""
+    model = gpt2 if task_name == "text-generation" else masked_bert
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": ""}, {"text": "the old town"}])
+    task = open_task(spec(task_name, label_smoothing=0.1), model, file)
+    examples = task.read(file)
+    assert examples.weights[0] == 0
+    batch = task.batch(examples, [0], seed=0)
+    assert set_aside_unused(task, task.loaded.model, batch, CPU) == 0
+    assert float(task.loss(task.loaded.model, batch, CPU).detach()) == 0
 
 
 # --- chats that cannot be used ------------------------------------------------------------------
