@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from shared.specs import GENERATIVE, InferSpec, TrainSpec
+from shared.specs import GENERATIVE, PACKED_LENGTH, InferSpec, TrainSpec
 
 MIB = 1024**2
 RUNTIME = 512 * MIB
@@ -79,7 +79,10 @@ def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None)
     """
     options = spec.hyperparameters
     rows = options.micro_batch_size or -(-options.batch_size // spec.resources.devices)
-    length = sequence_length(shape, longest_text, options.max_length)
+    if options.packing:  # every block is full, however short the texts are
+        length = sequence_length(shape, None, options.max_length or PACKED_LENGTH)
+    else:
+        length = sequence_length(shape, longest_text, options.max_length)
     element = BF16 if options.precision == "bf16" else FP32
     trainable = lora_elements(shape, spec) or shape.trainable(options.freeze)
     per_token = 10 * shape.hidden + (3 if shape.gated_mlp else 2) * shape.intermediate

@@ -157,7 +157,7 @@ def parse_example(fields: dict[str, Any], spec: TrainSpec) -> Example:
         return Pair(_text(fields, columns, "text"), _text(fields, columns, "positive"))
     if spec.task == "fill-mask":
         return Passage(_text(fields, columns, "text"))
-    return _generated(fields, columns)
+    return _generated(fields, columns, plain=spec.hyperparameters.packing)
 
 
 def _classified(fields: dict[str, Any], columns: Columns, spec: TrainSpec) -> Labelled | Scored:
@@ -217,7 +217,16 @@ def _tagged(fields: dict[str, Any], columns: Columns) -> Tagged:
     return Tagged(tuple(words), tuple(tags))
 
 
-def _generated(fields: dict[str, Any], columns: Columns) -> Chat | Completion | Passage:
+def _generated(
+    fields: dict[str, Any], columns: Columns, *, plain: bool
+) -> Chat | Completion | Passage:
+    given = [c for c in (columns.messages, columns.completion, columns.prompt) if c in fields]
+    if plain and given:
+        raise BadRow(
+            "packing_needs_text",
+            f"packing puts plain texts one after another, and the row has a column '{given[0]}'",
+            hint=f"Give '{columns.text}' alone, or leave hyperparameters.packing out.",
+        )
     if columns.messages in fields:
         return _chat(fields[columns.messages], columns.messages)
     if columns.completion in fields or columns.prompt in fields:

@@ -177,6 +177,16 @@ TASK_COLUMNS: dict[str, tuple[str, ...]] = {
 """The columns that each task reads; for text-generation the first that a row has decides its form."""
 
 
+TASK_OPTIONS: dict[str, str] = {
+    "packing": "text-generation",
+    "mask_probability": "fill-mask",
+    "contrastive_temperature": "embeddings",
+}
+"""Hyperparameters that one task alone has."""
+PACKED_LENGTH = 2048
+"""Tokens of a block of packed texts at most, where ``max_length`` does not say."""
+
+
 class TrainData(Strict):
     """JSONL, one object a line. A reference is `file_…` (uploaded) or a path."""
 
@@ -213,6 +223,17 @@ class Hyperparameters(Strict):
     dropout: float | None = Field(None, ge=0, lt=1, description="Overrides the model's own.")
     freeze: tuple[str, ...] = Field((), description="Parameter name patterns (fnmatch) to freeze.")
     max_length: int | None = Field(None, ge=4, le=1_000_000, description="Tokens; longer is cut.")
+    packing: bool = Field(
+        False,
+        description="text-generation on plain text: texts one after another fill blocks of "
+        f"max_length tokens (by default the model's limit, at most {PACKED_LENGTH}).",
+    )
+    mask_probability: float = Field(
+        0.15, gt=0, lt=1, description="fill-mask: share of a text's tokens that is to be guessed."
+    )
+    contrastive_temperature: float = Field(
+        0.05, gt=0, le=10, description="embeddings: lower tells near texts apart more sharply."
+    )
     precision: Precision = "auto"
     seed: int = Field(42, ge=0, lt=2**63)
     eval_every_steps: int | None = Field(None, ge=1, description="Default: once an epoch.")
@@ -331,6 +352,31 @@ class TrainSpec(_Job):
             raise ValueError(
                 "label_smoothing spreads one right label over the others: it does not apply to "
                 + (f"problem '{self.problem}'" if self.task != "embeddings" else "embeddings")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_the_task(self) -> Self:
+        for name, task in TASK_OPTIONS.items():
+            default = Hyperparameters.model_fields[name].default
+            # Not what is set: a spec that was stored has every field set.
+            if self.task != task and getattr(self.hyperparameters, name) != default:
+                raise ValueError(
+                    f"hyperparameters.{name} applies to task '{task}' alone, not to '{self.task}'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_negatives(self) -> Self:
+        share = self.hyperparameters.batch_size // self.resources.devices
+        together = min(share, self.hyperparameters.micro_batch_size or share)
+        if self.task == "embeddings" and together < 2:
+            raise ValueError(
+                "embeddings learn to tell a pair from the others of its micro-batch: "
+                f"hyperparameters.batch_size {self.hyperparameters.batch_size} over "
+                f"resources.devices {self.resources.devices}"
+                + (" and micro_batch_size 1" if share > 1 else "")
+                + " leaves one pair alone; a rank needs 2 or more at once"
             )
         return self
 

@@ -131,6 +131,10 @@ def _check_training(train: _Scanned, name: str, spec: TrainSpec) -> None:
         raise DataError(f"'{name}' has no rows", param="data.train")
     if not train.whole:
         return
+    if spec.task == "embeddings" and train.rows < 2:
+        raise DataError(
+            f"'{name}' has one pair: there is no other to tell it from", param="data.train"
+        )
     _check_labels(train, name, spec)
     split = spec.data.validation_split
     # Split off label by label, as the training rank does.

@@ -65,6 +65,22 @@ def test_frozen_parameters_need_no_gradient_and_no_moments() -> None:
         assert whole - training_bytes(MINILM, train(freeze=[pattern]), 96) == 12 * 11_720_448
 
 
+def test_packed_blocks_are_full_however_short_the_texts() -> None:
+    def needs(**hyperparameters: Any) -> int:
+        spec = parse_spec(
+            {
+                "kind": "train", "task": "text-generation", "model": "m", "data": {"train": "x"},
+                "hyperparameters": {"batch_size": 4, **hyperparameters},
+            }
+        )  # fmt: skip
+        assert isinstance(spec, TrainSpec)
+        return training_bytes(LLAMA_7B, spec, 30)
+
+    assert needs(packing=True) == needs(packing=True, max_length=2048) > needs()
+    # Of 4 blocks of 1,024: the logits of 32,000 words in fp32, thrice.
+    assert needs(packing=True) - needs(packing=True, max_length=1024) > 4 * 1024 * 32000 * 12
+
+
 def test_generation_by_hand() -> None:
     spec = generate(batch_size=8, precision="bf16", generation={"max_new_tokens": 100})
     length = 300 // 3 + 8

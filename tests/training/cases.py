@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.training.harness import FILLER, TOPICS, make_bart, make_bert, make_rows, make_t5
+from tests.training.models import WORDS, make_gpt2, make_llama, make_masked_bert
 
 Rows = Callable[[int, int], list[dict[str, Any]]]
 """(how many, seed) -> rows."""
@@ -124,6 +125,64 @@ def summary_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def following(start: int, count: int) -> str:
+    """Words of a ring: each is always followed by the same one."""
+    return " ".join(WORDS[(start + 4 * i) % len(WORDS)] for i in range(count))
+
+
+def passage_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    draw = random.Random(seed)
+    return [{"text": following(draw.randrange(99), draw.randint(6, 14))} for _ in range(count)]
+
+
+def completion_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """The prompt's last word says what follows; the words before it are chance."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        start, length = draw.randrange(99), draw.randint(2, 6)
+        prompt = " ".join(draw.choices(WORDS, k=length)) + " " + following(start, 1) + " "
+        rows.append({"prompt": prompt, "completion": following(start + 4, 3)})
+    return rows
+
+
+def chat_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Two questions, each answered by the words that follow its last one."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        messages = [{"role": "system", "content": "the very old"}]
+        for _ in range(2):
+            start = draw.randrange(99)
+            asked = " ".join(draw.choices(WORDS, k=2)) + " " + following(start, 1)
+            messages.append({"role": "user", "content": asked})
+            messages.append({"role": "assistant", "content": following(start + 4, 2)})
+        rows.append({"messages": messages})
+    return rows
+
+
+def topic_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Each text is made of the words of one topic: a word says which others may be there."""
+    draw = random.Random(seed)
+    topics = [draw.choice(sorted(TOPICS)) for _ in range(count)]
+    return [{"text": " ".join(draw.choices(TOPICS[t], k=draw.randint(6, 14)))} for t in topics]
+
+
+def pair_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """The second text has another word for each of the first one's, in another order."""
+    draw = random.Random(seed)
+    half = len(WORDS) // 2
+    rows = []
+    for _ in range(count):
+        chosen = draw.sample(range(half), k=draw.randint(3, 5))
+        text = " ".join(WORDS[i] for i in chosen)
+        draw.shuffle(chosen)
+        rows.append({"text": text, "positive": " ".join(WORDS[half + i] for i in chosen)})
+    return rows
+
+
+_FAST = {"epochs": 8, "learning_rate": 1e-2, "dropout": 0.0}
+
 CASES = (
     Case(
         name="single-label",
@@ -212,5 +271,70 @@ CASES = (
         learned=0.9,
         hyperparameters={"epochs": 7, "eval_every_steps": 50},
         loads_as="AutoModelForSeq2SeqLM",
+    ),
+    Case(
+        name="plain-text",
+        task="text-generation",
+        model=make_gpt2,
+        rows=passage_rows,
+        metric="loss",
+        learned=0.7,
+        lower_is_better=True,
+        hyperparameters=_FAST,
+        loads_as="AutoModelForCausalLM",
+    ),
+    Case(
+        name="packed-text",
+        task="text-generation",
+        model=make_gpt2,
+        rows=passage_rows,
+        metric="loss",
+        learned=1.2,
+        lower_is_better=True,
+        hyperparameters={**_FAST, "packing": True, "max_length": 32, "batch_size": 8},
+        loads_as="AutoModelForCausalLM",
+    ),
+    Case(
+        name="completion",
+        task="text-generation",
+        model=make_gpt2,
+        rows=completion_rows,
+        metric="loss",
+        learned=0.9,
+        lower_is_better=True,
+        hyperparameters=_FAST,
+        loads_as="AutoModelForCausalLM",
+    ),
+    Case(
+        name="chat",
+        task="text-generation",
+        model=make_llama,
+        rows=chat_rows,
+        metric="loss",
+        learned=0.5,
+        lower_is_better=True,
+        hyperparameters=_FAST,
+        loads_as="AutoModelForCausalLM",
+    ),
+    Case(
+        name="fill-mask",
+        task="fill-mask",
+        model=make_masked_bert,
+        rows=topic_rows,
+        metric="loss",
+        learned=1.8,
+        lower_is_better=True,
+        hyperparameters={**_FAST, "mask_probability": 0.2},
+        loads_as="AutoModelForMaskedLM",
+    ),
+    Case(
+        name="embeddings",
+        task="embeddings",
+        model=make_bert,
+        rows=pair_rows,
+        metric="recall_at_1",
+        learned=0.7,
+        hyperparameters={"dropout": 0.0},
+        loads_as="AutoModel",
     ),
 )

@@ -146,16 +146,22 @@ def known_labels(path: str | Path) -> tuple[str, ...] | None:
         return None
 
 
-def load_causal_lm(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(
+    path: str | Path, dtype: torch.dtype, *, dropout: float | None = None
+) -> PreTrainedModel:
     """Load a decoder-only language model in ``eval`` mode on the CPU.
+
+    Args:
+        dropout: Overrides every dropout probability of the model.
 
     Raises:
         LoadError: see there. No tensor may be missing.
     """
     folder = inspect_folder(path)
-    model, info = _load_model(
-        AutoModelForCausalLM, folder, config=_load_config(folder), dtype=dtype
-    )
+    config = _load_config(folder)
+    if dropout is not None:
+        _override_dropout(config, dropout)
+    model, info = _load_model(AutoModelForCausalLM, folder, config=config, dtype=dtype)
     _refuse_missing(folder, sorted(info["missing_keys"]))
     return model
 

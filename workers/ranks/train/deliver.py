@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,14 +24,15 @@ def deliver(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     metrics: Mapping[str, Any],
+    finish: Callable[[Path], None],
     adapter: Adapter | None = None,
     base: str = "",
 ) -> list[Path]:
     """Write ``model/`` and ``metrics.json`` below ``artifacts``; returns the files in place.
 
     ``model/`` is a plain ``from_pretrained`` folder: safetensors, config with label names, tokenizer.
-    With an ``adapter``, that is written to ``adapter/`` as PEFT has it, and merged into the model;
-    ``base`` is what the spec calls the model below it.
+    ``finish`` adds to it before it is put in place. An ``adapter`` is written to ``adapter/`` as PEFT
+    has it, and merged into the model; ``base`` is what the spec calls the model below it.
 
     Raises:
         OSError: it could not be written; a name that is in place is whole.
@@ -48,6 +49,7 @@ def deliver(
     with quiet():
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
+    finish(aside)
     place(aside, artifacts / "model")
     aside = artifacts / f"{_ASIDE}metrics.json"
     aside.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")

@@ -79,7 +79,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     training, validation = _read(assignment, task)
     plan, schedule = _plan(assignment, len(training))
     model = task.loaded.model
-    _require_fitting_tokenizer(model, training, validation)
+    _require_fitting_tokenizer(task, training, validation)
 
     model.to(compute.device)  # type: ignore[arg-type]
     adapter = None
@@ -173,11 +173,10 @@ def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedu
         ) from error
 
 
-def _require_fitting_tokenizer(
-    model: PreTrainedModel, training: Examples, validation: Examples | None
-) -> None:
-    largest = max(training.largest_token, validation.largest_token if validation else 0)
-    known = _vocabulary(model)
+def _require_fitting_tokenizer(task: Task, training: Examples, validation: Examples | None) -> None:
+    found = (training.largest_token, validation.largest_token if validation else 0)
+    largest = max(*found, task.largest_token)
+    known = _vocabulary(task.loaded.model)
     if largest >= known:
         raise LoadError(
             "model_unsuitable",
@@ -232,6 +231,9 @@ def _say_how_much(
         f"{int(np.median(training.lengths))}, longest {int(training.lengths.max())}"
         + (f"; {training.cut.sum():,} cut to that" if training.cut.any() else "")
     )
+    empty = int((training.weights == 0).sum())
+    if empty:
+        reporter.say(f"note: {empty:,} training examples have nothing to learn within that length")
     reporter.say(
         f"batch: {plan.ranks} ranks x {plan.micro_batch} micro-batch x {plan.accumulation} "
         f"accumulation = {plan.global_batch} global batch; {plan.steps_per_epoch} steps an epoch, "
@@ -296,9 +298,10 @@ def _deliver(
         **(evaluation.details if evaluation else {}),
     }
     artifacts = Path(assignment.work_dir) / "artifacts"
+    model, tokenizer = task.loaded.model, task.unused_tokenizer
     base = assignment.spec.model or ""
-    model, tokenizer = task.loaded.model, task.loaded.tokenizer
-    for file in deliver(artifacts, model, tokenizer, metrics, adapter, base):
+    written = deliver(artifacts, model, tokenizer, metrics, task.finish, adapter, base)
+    for file in written:
         reporter.artifact(artifacts, file)
     reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")
 

@@ -6,8 +6,11 @@ from pathlib import Path
 
 from shared.specs import SEQ2SEQ, TrainSpec
 from workers.ranks.train.tasks.base import Task
+from workers.ranks.train.tasks.embeddings import Embeddings
+from workers.ranks.train.tasks.fill_mask import FillMask
 from workers.ranks.train.tasks.text2text import Text2Text
 from workers.ranks.train.tasks.text_classification import open_text_classification
+from workers.ranks.train.tasks.text_generation import TextGeneration
 from workers.ranks.train.tasks.token_classification import TokenClassification
 
 __all__ = ["Task", "open_task"]
@@ -25,4 +28,10 @@ def open_task(spec: TrainSpec, model_path: Path, train_path: Path) -> Task:
         return TokenClassification.open(spec, model_path, train_path)
     if spec.task in SEQ2SEQ:
         return Text2Text.open(spec, model_path, train_path)
+    if spec.task == "text-generation":
+        return TextGeneration.open(spec, model_path, train_path)
+    if spec.task == "fill-mask":
+        return FillMask.open(spec, model_path, train_path)
+    if spec.task == "embeddings":
+        return Embeddings.open(spec, model_path, train_path)
     raise AssertionError(f"no task '{spec.task}'")

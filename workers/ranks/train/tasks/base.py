@@ -6,6 +6,7 @@ model is judged. The loop knows steps, ranks, checkpoints and the optimizer, and
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ class Task(ABC):
     def __init__(self, loaded: Loaded, spec: TrainSpec) -> None:
         self.loaded = loaded
         self.spec = spec
+        # Every use leaves its limit in a tokenizer, and would leave it in the one that is delivered.
+        self.unused_tokenizer = copy.deepcopy(loaded.tokenizer)
         pad = loaded.tokenizer.pad_token_id
         self.pad = int(pad if pad is not None else loaded.tokenizer.eos_token_id or 0)
 
@@ -97,16 +100,17 @@ class Task(ABC):
         Calls ``model`` once: under DDP that is what gradients are exchanged for.
         """
 
-    @abstractmethod
     def measure(self, model: nn.Module, batch: Batch) -> Sums:
         """What ``conclude`` needs of a batch, as numbers that are added up over batches and ranks.
 
-        Called in inference mode, under autocast, with the model in ``eval`` mode.
+        Called in inference mode, under autocast, with the model in ``eval`` mode. Of a task that
+        has an ``evaluate`` of its own, it is not called, nor are ``conclude`` and ``sums``.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def conclude(self, sums: Sums) -> Evaluation:
         """The evaluation that the sums over all batches come to."""
+        raise NotImplementedError
 
     def evaluate(
         self,
@@ -131,9 +135,17 @@ class Task(ABC):
         return self.conclude(np.array(gang.sum(sums.tolist())))
 
     @property
-    @abstractmethod
     def sums(self) -> int:
         """How many numbers ``measure`` gives."""
+        raise NotImplementedError
+
+    @property
+    def largest_token(self) -> int:
+        """Of the tokens that ``batch`` puts in beside those of the examples: padding, masks."""
+        return self.pad
+
+    def finish(self, folder: Path) -> None:  # noqa: B027  most tasks add nothing
+        """Add to the folder of the finished model what its users need beside model and tokenizer."""
 
     def is_better(self, new: float, old: float) -> bool:
         return new > old if self.better == "higher" else new < old
