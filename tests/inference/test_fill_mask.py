@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from shared.specs import InferSpec
 from workers.ranks.engine.inputs import Request
 from workers.ranks.engine.masks import Filler, MaskEncoder, MaskFilling
 from workers.ranks.engine.models import ModelCache
+from workers.ranks.loading import LoadError, load_masked_lm
 
 from .tiny import finish, make_masked, make_roberta, make_tagger, sentence
 
@@ -110,6 +112,24 @@ def test_models_that_cannot_fill_masks_are_refused(engine, models_dir, llama, be
     assert "has no mask token" in maskless.failed.message
     for outcome in (headless, decoder, maskless):
         assert outcome.failed.code == "unsupported_model" and outcome.failed.hint
+
+
+def test_a_fresh_head_is_for_training_alone(bert_mlm, models_dir, tmp_path):
+    bare = make_tagger(models_dir / "bare-encoder")
+    with pytest.raises(LoadError, match="no trained masked") as caught:
+        load_masked_lm(bare)
+    assert caught.value.code == "model_unsuitable"
+    fresh = [load_masked_lm(bare, allow_fresh_head=True, seed=seed) for seed in (1, 1, 2)]
+    weights = [model.cls.predictions.transform.dense.weight for model in fresh]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert load_masked_lm(bert_mlm, dropout=0.3).config.hidden_dropout_prob == 0.3
+    folder = Path(shutil.copytree(bert_mlm, tmp_path / "deeper"))
+    config = (folder / "config.json").read_text()
+    deeper = config.replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    (folder / "config.json").write_text(deeper)
+    with pytest.raises(LoadError, match=r"encoder\.layer\.2") as caught:
+        load_masked_lm(folder, allow_fresh_head=True)
+    assert caught.value.code == "model_damaged"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,10 @@ RULES = {
     "forced_bos_token_id": 70,
     "bad_words_ids": [[281], [192, 78]],
     "repetition_penalty": 1.3,
-    "encoder_no_repeat_ngram_size": 3,
+    "encoder_no_repeat_ngram_size": 1,
+    "encoder_repetition_penalty": 1.6,
+    "suppress_tokens": [187],
+    "begin_suppress_tokens": [324, 336],
     "eos_token_id": [2, 279, 286, 153],
 }
 KINDS = ["t5", "bart", "summariser"]
@@ -41,7 +44,8 @@ def model(request: pytest.FixtureRequest, models_dir: Path) -> Path:
     if request.param == "t5":
         return make_t5(models_dir / "t5")
     if request.param == "bart":
-        return make_bart(models_dir / "bart", eos_token_id=[2, 279, 286])
+        rules = {"min_new_tokens": 3, "min_length": 9, "eos_token_id": [2, 279, 286]}
+        return make_bart(models_dir / "bart", **rules)
     return make_bart(models_dir / "summariser", **RULES)
 
 

@@ -17,8 +17,9 @@ from workers.ranks.engine.models import ModelCache
 from workers.ranks.engine.prompts import Prompt, Word
 from workers.ranks.engine.tagging import Tagging
 from workers.ranks.engine.words import WordEncoder, words_of_text
+from workers.ranks.loading import LoadError, load_token_classifier
 
-from .tiny import TAGS, VOCABULARY, finish, make_masked, make_tagger, words
+from .tiny import TAGS, VOCABULARY, finish, make_bart, make_masked, make_tagger, words
 
 TASK = {"task": "token-classification"}
 SPECIAL = ["Angela", "Merkels", "U.S.", "visiting", "x", "the"]
@@ -173,6 +174,23 @@ def test_models_that_cannot_tag_words_are_refused(engine, models_dir, tagger):
     assert "ProphetNetTokenizer" in refused.failed.message and refused.failed.hint
     assert engine.run(tagger, [{"text": "a"}], **TASK).failed is None
     assert engine.run(tagger, [{"text": "a"}], **TASK).ready.warm is True
+
+
+def test_a_tagging_head_is_fresh_only_where_labels_are_given(models_dir, tagger, tmp_path):
+    bare = make_masked(models_dir / "bare")
+    heads = [load_token_classifier(bare, labels=("X", "Y"), seed=seed) for seed in (1, 1, 2)]
+    weights = [head.model.classifier.weight for head in heads]
+    assert all(head.fresh_head for head in heads)
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert heads[0].model.config.id2label == {0: "X", 1: "Y"}
+    kept = load_token_classifier(tagger, labels=TAGS, dropout=0.3)
+    assert not kept.fresh_head and kept.model.config.hidden_dropout_prob == 0.3
+    assert load_token_classifier(tagger, labels=("X", "Y")).fresh == (
+        "classifier.bias", "classifier.weight",
+    )  # fmt: skip
+    with pytest.raises(LoadError) as caught:
+        load_token_classifier(make_bart(tmp_path), labels=("X", "Y"))
+    assert caught.value.code == "model_unsuitable" and "cannot tag" in caught.value.message
 
 
 def test_out_of_memory_halves_the_batch(tagger, monkeypatch):

@@ -57,11 +57,11 @@ def output_rules(
         rules.append(EncoderNoRepeatNGramLogitsProcessor(size, read))
     if config.bad_words_ids is not None:
         rules.append(NoBadWordsLogitsProcessor(config.bad_words_ids, end))
-    if end and config.min_length:
-        rules.append(MinLengthLogitsProcessor(config.min_length, end, device=device))
     if end and config.min_new_tokens:
         least = config.min_new_tokens
         rules.append(MinNewTokensLengthLogitsProcessor(1, least, end, device=device))
+    elif end and config.min_length:
+        rules.append(MinLengthLogitsProcessor(config.min_length, end, device=device))
     if config.forced_bos_token_id is not None:
         rules.append(ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
     if config.forced_eos_token_id is not None:
