@@ -255,6 +255,7 @@ class Client:
         each as it is, until the job is over. A broken connection leaves no gap and no double.
 
         A row is ``{"row", "id", "output", "error", "usage"}``; one of output and error is null.
+        What an output is depends on the task: see ``shared/rows.py`` or the API's own documentation.
         """
         return streams.follow_rows(self._transport, _segment(id), follow)
 

@@ -29,6 +29,35 @@ GENERATE: dict[str, Any] = {
     "rows": [{"prompt": "The capital of France is"}],
     "generation": {"max_new_tokens": 20},
 }
+TAG: dict[str, Any] = {
+    "kind": "infer",
+    "task": "token-classification",
+    "model": "job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
+    "rows": [{"tokens": ["Angela", "visited", "Paris"]}, {"text": "Angela visited Paris."}],
+}
+FILL: dict[str, Any] = {
+    "kind": "infer",
+    "task": "fill-mask",
+    "model": "roberta",
+    "rows": [{"text": "The capital of France is [MASK]."}],
+    "top_k_labels": 5,
+}
+EMBED: dict[str, Any] = {
+    "kind": "infer",
+    "task": "embeddings",
+    "model": "minilm",
+    "input": "file_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
+    "embedding": {"pooling": "mean"},
+    "too_long": "truncate",
+}
+SUMMARIZE: dict[str, Any] = {
+    "kind": "infer",
+    "task": "summarization",
+    "model": "bart",
+    "input": "file_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
+    "text_column": "article",
+    "generation": {"max_new_tokens": 80},
+}
 JOB: dict[str, Any] = {
     "id": "job_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
     "kind": "train",
@@ -100,6 +129,10 @@ JOB_BODY: dict[str, Any] = {
                 "train": {"summary": "Fine-tune a classifier with DDP", "value": TRAIN},
                 "classify": {"summary": "Classify with the model just made", "value": CLASSIFY},
                 "generate": {"summary": "Generate from a few prompts", "value": GENERATE},
+                "tag": {"summary": "Find names in words and in texts", "value": TAG},
+                "fill": {"summary": "Fill masks", "value": FILL},
+                "embed": {"summary": "A vector for each text", "value": EMBED},
+                "summarize": {"summary": "Summarize a column of a file", "value": SUMMARIZE},
             },
         }
     },

@@ -88,6 +88,12 @@ def test_prompts_are_rows(cli: Cli, sdk: Client) -> None:
     job = sdk.job(said.out.strip())
     assert (job.task, job.rows_total) == ("text-generation", 2)
     assert job.spec["generation"]["max_new_tokens"] == 5
+    assert Path(job.spec["input"]).read_text() == '{"prompt": "one"}\n{"prompt": "two"}\n'
+    for more, column in (((), "text"), (("--text-column", "body"), "body")):
+        said = cli("submit", "-m", "encoder", "--task", "embeddings", "-p", "one", *more)
+        assert said.code == 0, said.err
+        rows = Path(sdk.job(said.out.strip()).spec["input"]).read_text()
+        assert json.loads(rows) == {column: "one"}
 
 
 def test_models_are_published_promoted_and_named(

@@ -240,6 +240,80 @@ def load_seq2seq(
     return model
 
 
+def load_masked_lm(
+    path: str | Path,
+    *,
+    dropout: float | None = None,
+    seed: int = 0,
+    allow_fresh_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Load an encoder under its masked-language-model head, in ``eval`` mode on the CPU.
+
+    Args:
+        dropout: Overrides every dropout probability of the model.
+        seed: A fresh head is a function of the model's architecture and this alone.
+        allow_fresh_head: Take an encoder that has no such head, for training.
+
+    Raises:
+        LoadError: see there; ``model_unsuitable`` where the head is missing and must not be.
+    """
+    folder = inspect_folder(path)
+    config = _load_config(folder)
+    if dropout is not None:
+        _override_dropout(config, dropout)
+    with _seeded(seed):
+        model, info = _load_model(AutoModelForMaskedLM, folder, config=config, dtype=dtype)
+    missing = sorted(info["missing_keys"])
+    _refuse_missing(folder, [name for name in missing if not _belongs_to_head(model, name)])
+    if missing and not allow_fresh_head:
+        raise LoadError(
+            "model_unsuitable",
+            f"model '{folder.name}' has no trained masked-language-model head: "
+            f"{missing[0]} is missing",
+            "Choose a model that was pretrained on masked text, or fine-tune it for fill-mask first.",
+        )
+    return model
+
+
+def load_encoder(
+    path: str | Path, *, dtype: torch.dtype, dropout: float | None = None
+) -> PreTrainedModel:
+    """Load the encoder below whatever head a folder has, in ``eval`` mode on the CPU.
+
+    Its output is ``last_hidden_state``: a pooler that the folder lacks is made up, and not trained.
+
+    Raises:
+        LoadError: see there. No tensor but a pooler's may be missing.
+    """
+    folder = inspect_folder(path)
+    config = _load_config(folder)
+    if dropout is not None:
+        _override_dropout(config, dropout)
+    with _seeded(0):
+        model, info = _load_model(AutoModel, folder, config=config, dtype=dtype)
+    missing = sorted(info["missing_keys"])
+    _refuse_missing(folder, [name for name in missing if not name.startswith("pooler.")])
+    return model
+
+
+def load_seq2seq(
+    path: str | Path, *, dtype: torch.dtype, dropout: float | None = None
+) -> PreTrainedModel:
+    """Load an encoder-decoder language model in ``eval`` mode on the CPU.
+
+    Raises:
+        LoadError: see there. No tensor may be missing.
+    """
+    folder = inspect_folder(path)
+    config = _load_config(folder)
+    if dropout is not None:
+        _override_dropout(config, dropout)
+    model, info = _load_model(AutoModelForSeq2SeqLM, folder, config=config, dtype=dtype)
+    _refuse_missing(folder, sorted(info["missing_keys"]))
+    return model
+
+
 def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder; ``options`` as ``AutoTokenizer`` takes them
     (``padding_side="left"`` for generation).
