@@ -139,6 +139,15 @@ class TrainData(Strict):
         return self
 
 
+OPTIMIZER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "adamw": ("betas", "eps"),
+    "adam": ("betas", "eps"),
+    "sgd": ("momentum",),
+    "adafactor": (),
+}
+"""The optimizers, and the options that only some of them have."""
+
+
 class Hyperparameters(Strict):
     """Named as in PyTorch and Transformers. ``batch_size`` is the global batch, over all ranks."""
 
@@ -148,10 +157,27 @@ class Hyperparameters(Strict):
     micro_batch_size: int | None = Field(
         None, ge=1, description="Examples a rank holds at once; the rest is accumulated."
     )
-    learning_rate: float = Field(5e-5, gt=0, le=10)
-    weight_decay: float = Field(0.01, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    optimizer: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
+    learning_rate: float = Field(
+        5e-5, gt=0, le=10, description="For adafactor a share of each weight's size: 1e-3 to 1e-2."
+    )
+    weight_decay: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Of matrices, not of norms and biases. Decoupled for adamw and adafactor, L2 in "
+        "the gradient for adam and sgd. Default as in PyTorch: 0.01 for adamw, else 0.",
+    )
+    l1: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Adds l1 * sum|w| over the same matrices to what is minimised; the loss that is "
+        "reported is without it.",
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Of adamw and adam.")
+    eps: float = Field(1e-8, gt=0, description="Of adamw and adam.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd.")
     warmup_ratio: float | None = Field(None, ge=0, lt=1)
     warmup_steps: int | None = Field(None, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -174,6 +200,20 @@ class Hyperparameters(Strict):
             raise ValueError("warmup_steps must be below max_steps: training would end in warm-up")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must lie in [0, 1)")
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_the_optimizer(self) -> Self:
+        for option in dict.fromkeys(sum(OPTIMIZER_OPTIONS.values(), ())):
+            # Not what is set: a spec that was stored has every field set.
+            default = type(self).model_fields[option].default
+            if option in OPTIMIZER_OPTIONS[self.optimizer] or getattr(self, option) == default:
+                continue
+            owners = [name for name, options in OPTIMIZER_OPTIONS.items() if option in options]
+            raise ValueError(
+                f"hyperparameters.{option} does not apply to optimizer '{self.optimizer}': it "
+                f"belongs to {' and '.join(owners)}"
+            )
         return self
 
 

@@ -65,6 +65,14 @@ def test_frozen_parameters_need_no_gradient_and_no_moments() -> None:
         assert whole - training_bytes(MINILM, train(freeze=[pattern]), 96) == 12 * 11_720_448
 
 
+def test_each_optimizer_keeps_what_it_keeps() -> None:
+    adamw = training_bytes(MINILM, train(), 96)
+    assert training_bytes(MINILM, train(optimizer="adam"), 96) == adamw
+    assert adamw - training_bytes(MINILM, train(optimizer="sgd"), 96) == 4 * 22_713_600
+    adafactor = training_bytes(MINILM, train(optimizer="adafactor"), 96)
+    assert adamw - adafactor == 8 * 22_713_600 - 3 * 4 * 11_720_448
+
+
 def test_generation_by_hand() -> None:
     spec = generate(batch_size=8, precision="bf16", generation={"max_new_tokens": 100})
     length = 300 // 3 + 8

@@ -18,9 +18,10 @@ from workers.ranks.train.deliver import deliver
 from workers.ranks.train.device import Compute, open_device
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Stopped, TrainingFailed, explain
+from workers.ranks.train.freezing import freeze
 from workers.ranks.train.gang import join
 from workers.ranks.train.loop import Trainer
-from workers.ranks.train.model import freeze, make_optimizer
+from workers.ranks.train.optimizer import make_optimizer
 from workers.ranks.train.order import BatchPlan, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
 from workers.ranks.train.reports import RankChannel, Reporter

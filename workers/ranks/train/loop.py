@@ -24,6 +24,7 @@ from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
+from workers.ranks.train.optimizer import add_l1, regularised
 from workers.ranks.train.order import BatchPlan, Indices, derive, epoch_order, micro_batches
 from workers.ranks.train.parallel import parallelise, warm_up_batch
 from workers.ranks.train.reports import Reporter
@@ -62,6 +63,7 @@ class Trainer:
         self._model = model
         self._optimizer = optimizer
         self._trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._regularised = regularised(model)
         self._schedule = schedule
         self._plan = plan
         self._training = training
@@ -158,6 +160,9 @@ class Trainer:
                 scaled.backward()  # type: ignore[no-untyped-call]
             loss += total.detach()
             tokens += batch.tokens if len(part) else 0
+        if self._options.l1:
+            # A rank's gradients are those of the gang by now, and so is what is added to them.
+            add_l1(self._regularised, self._options.l1)
         limit = self._options.max_grad_norm
         # The gradients are all-reduced, so their norm, and what is decided by it, is every rank's.
         norm = float(nn.utils.clip_grad_norm_(self._trained, math.inf if limit is None else limit))

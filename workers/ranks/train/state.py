@@ -1,7 +1,7 @@
 """What a checkpoint holds, and how training goes on from one.
 
-Parameters, AdamW's moments and step, and where the training stood. No generator and no loader
-state: order and randomness are functions of the position (``order.py``).
+Parameters, whatever the optimizer keeps of each, and where the training stood. No generator and no
+loader state: order and randomness are functions of the position (``order.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from workers.ranks.train.gang import Gang
 from workers.ranks.train.reports import Reporter
 
 _FORMAT = 1
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 Fingerprint = dict[str, str]
 
@@ -53,7 +52,8 @@ def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
     Of the spec counts what shapes the training: a job may go on under another priority.
     """
     chosen = spec.model_dump(
-        mode="json", include={"model", "task", "method", "data", "hyperparameters"}
+        mode="json",
+        include={"model", "task", "problem", "method", "data", "hyperparameters"},
     )
     shapes = [[n, list(p.shape), p.requires_grad] for n, p in model.named_parameters()]
     return {"spec": _digest(chosen), "data": data, "parameters": _digest(shapes)}
@@ -127,7 +127,7 @@ def resume(
     chosen = gang.share("resume", chosen)
     if chosen is None:
         return None
-    _make_moments(optimizer)
+    _allocate_state(optimizer)
     if gang.rank == 0:
         with torch.no_grad():
             for name, tensor in _tensors(model, optimizer):
@@ -151,22 +151,26 @@ def _tensors(
     persistent = model.state_dict(keep_vars=True)
     for name, parameter in model.named_parameters():
         yield f"parameter.{name}", parameter.detach()
-        for moment in _MOMENTS if parameter.requires_grad else ():
-            yield f"{moment}.{name}", optimizer.state[parameter][moment]
+        for kept, value in sorted(optimizer.state.get(parameter, {}).items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{kept}.{name}", value
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield f"buffer.{name}", buffer
 
 
-def _make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate AdamW's state as its first step would."""
+def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's state as its first step does, by a step that moves nothing. What it holds
+    then is of no use but to be overwritten (as torch.distributed.checkpoint goes about it)."""
+    rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
+        group["lr"] = 0.0
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
