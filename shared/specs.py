@@ -220,7 +220,26 @@ class Hyperparameters(Strict):
 class Checkpointing(Strict):
     every_steps: int | None = Field(None, ge=1)
     every_seconds: float | None = Field(600, gt=0)
-    keep: int = Field(2, ge=1, le=100, description="How many of the newest are kept.")
+    keep: int = Field(
+        2, ge=1, le=100, description="How many of the newest are kept; the best one besides."
+    )
+
+
+class EarlyStopping(Strict):
+    """Ends training once validation gets no better, and delivers the best model that was evaluated.
+
+    Each evaluation that is the best so far writes a checkpoint.
+    """
+
+    patience: int = Field(
+        ge=1, le=100_000, description="Evaluations in a row without improvement that end training."
+    )
+    min_delta: float = Field(
+        0.0, ge=0, description="What the metric must improve by, at least, to count for patience."
+    )
+    metric: str | None = Field(
+        None, min_length=1, max_length=100, description="Default: the task's own (accuracy, ...)."
+    )
 
 
 Problem = Literal["single-label", "multi-label", "regression"]
@@ -238,6 +257,17 @@ class TrainSpec(_Job):
     data: TrainData
     hyperparameters: Hyperparameters = Hyperparameters()
     checkpoint: Checkpointing = Checkpointing()
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _stops_by_something(self) -> Self:
+        validates = self.data.validation is not None or self.data.validation_split is not None
+        if self.early_stopping is not None and not validates:
+            raise ValueError(
+                "early_stopping judges by validation data and there are none: give "
+                "data.validation or data.validation_split"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Self:

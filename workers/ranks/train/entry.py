@@ -20,7 +20,7 @@ from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Stopped, TrainingFailed, explain
 from workers.ranks.train.freezing import freeze
 from workers.ranks.train.gang import join
-from workers.ranks.train.loop import Trainer
+from workers.ranks.train.loop import Trainer, best_model
 from workers.ranks.train.optimizer import make_optimizer
 from workers.ranks.train.order import BatchPlan, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
@@ -34,6 +34,7 @@ from workers.ranks.train.state import (
     require_agreement,
     resume,
 )
+from workers.ranks.train.stopping import best_of
 from workers.ranks.train.tasks import Task, open_task
 from workers.ranks.train.tasks.base import Evaluation
 
@@ -81,7 +82,9 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     _say_what(reporter, assignment, task, compute, frozen, unused)
     _say_how_much(reporter, training, validation, task, plan)
 
-    resumed = resume(assignment, model, optimizer, own, gang, reporter)
+    resumed = resume(
+        assignment, model, optimizer, own, gang, reporter, lambda place: best_model(task, place)
+    )
     position = resumed.position if resumed else Position()
     if resumed:
         reporter.say(
@@ -102,6 +105,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         reporter=reporter,
         checkpoints=Path(assignment.work_dir) / "checkpoints",
         fingerprint=own,
+        best=resumed.best if resumed else None,
     )
     reporter.send(Ready(seconds=time.monotonic() - began))
 
@@ -112,7 +116,11 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
 
     summary: dict[str, Any] = {}
     if gang.rank == 0:
-        summary = _summary(plan, position, evaluation, resumed, first, seconds)
+        summary = {
+            **_summary(plan, position, evaluation, resumed, first, seconds),
+            "stopped_early": trainer.stopped_early,
+            "best": _best(position, task),
+        }
         _deliver(assignment, task, plan, position, evaluation, summary, compute, reporter)
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
 
@@ -258,7 +266,6 @@ def _deliver(
         "training_seconds": round(position.seconds, 3),
         "peak_memory_bytes": compute.peak_memory(),
         "evaluations": position.evaluations,
-        "best": _best(position, task),
         **(evaluation.details if evaluation else {}),
     }
     artifacts = Path(assignment.work_dir) / "artifacts"
@@ -267,13 +274,13 @@ def _deliver(
     reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")
 
 
-def _best(position: Position, task: Task) -> dict[str, float] | None:
-    """The evaluation with the best value of the task's own metric."""
-    best: dict[str, float] | None = None
-    for entry in position.evaluations:
-        if best is None or task.is_better(entry[task.best], best[task.best]):
-            best = entry
-    return best
+def _best(position: Position, task: Task) -> dict[str, Any] | None:
+    """The best evaluation: by which metric, its value, and all that it measured."""
+    best = best_of(position.evaluations, task.judged_by, task.is_better)
+    if best is None:
+        return None
+    entry = next(each for each in position.evaluations if each["step"] == best.step)
+    return {"metric": best.metric, "value": best.value, **entry}
 
 
 def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:

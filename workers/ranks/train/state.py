@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch import nn
 from shared.lifecycle import FailureClass
 from shared.messages import CheckpointRef, TrainAssignment
 from shared.specs import TrainSpec
-from workers.ranks.checkpoint import CheckpointDamaged, read
+from workers.ranks.checkpoint import CheckpointDamaged, read, read_state
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.reports import Reporter
+from workers.ranks.train.stopping import Best
 
 _FORMAT = 1
 
@@ -44,6 +45,8 @@ class Resumed:
 
     checkpoint: CheckpointRef
     position: Position
+    best: CheckpointRef | None = None
+    """Where the best model so far is, on rank 0, if early stopping is to deliver it."""
 
 
 def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
@@ -53,7 +56,7 @@ def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
     """
     chosen = spec.model_dump(
         mode="json",
-        include={"model", "task", "problem", "method", "data", "hyperparameters"},
+        include={"model", "task", "problem", "method", "data", "hyperparameters", "early_stopping"},
     )
     shapes = [[n, list(p.shape), p.requires_grad] for n, p in model.named_parameters()]
     return {"spec": _digest(chosen), "data": data, "parameters": _digest(shapes)}
@@ -94,19 +97,26 @@ def resume(
     own: Fingerprint,
     gang: Gang,
     reporter: Reporter,
+    best_of: Callable[[Position], Best | None],
 ) -> Resumed | None:
     """Go on from the newest checkpoint that is whole; None where there is none.
+
+    ``best_of`` says which model training would deliver from a position, if it were to end there with
+    another than its last; a checkpoint without that one is not whole.
 
     Rank 0 alone reads and decides, and hands what it read to the others: so all agree, and only its
     host needs to see the folder.
     """
     chosen: dict[str, Any] | None = None
     tensors: dict[str, torch.Tensor] = {}
+    best: CheckpointRef | None = None
     if gang.rank == 0:
         for index, checkpoint in enumerate(assignment.resume_from):
             try:
                 tensors, state = read(checkpoint)
                 _require_same_training(state, own)
+                needed = best_of(Position(**state["position"]))
+                best = _find_best(needed, checkpoint, assignment.best_from, own)
             except CheckpointDamaged as problem:
                 reporter.notice(
                     "checkpoint_damaged",
@@ -133,7 +143,64 @@ def resume(
             for name, tensor in _tensors(model, optimizer):
                 tensor.copy_(tensors[name])
     gang.spread(tensor for _, tensor in _tensors(model, optimizer))
-    return Resumed(assignment.resume_from[chosen["index"]], Position(**chosen["position"]))
+    return Resumed(assignment.resume_from[chosen["index"]], Position(**chosen["position"]), best)
+
+
+def restore_best(model: nn.Module, best: CheckpointRef | None, gang: Gang) -> None:
+    """Give the model of every rank the weights of the checkpoint ``best``, which rank 0 reads.
+
+    Raises:
+        TrainingFailed: it is no longer what was written (infrastructure): the next attempt sees that
+            when it starts, and goes on from before it.
+    """
+    weights = dict(_model_tensors(model))
+    if gang.rank == 0:
+        assert best is not None  # noqa: S101  written by this attempt, or found when it began
+        try:
+            tensors, _ = read(best)
+        except CheckpointDamaged as problem:
+            raise TrainingFailed(
+                FailureClass.INFRASTRUCTURE,
+                "best_model_damaged",
+                f"the best model, of step {best.step}, cannot be delivered: {problem}",
+                "Look at the disk of the service's data folder.",
+            ) from problem
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                tensor.copy_(tensors[name])
+    gang.spread(weights.values())
+
+
+def _find_best(
+    needed: Best | None,
+    checkpoint: CheckpointRef,
+    candidates: Iterable[CheckpointRef],
+    own: Fingerprint,
+) -> CheckpointRef | None:
+    """The checkpoint of the best model that ``checkpoint``, which is whole, builds on: itself, or one
+    of ``candidates``. Attempts on other world sizes may have made others at the same step, so the value
+    must be the same too.
+
+    Raises:
+        CheckpointDamaged: there is none that is whole.
+    """
+    if needed is None:
+        return None
+    if needed.step == checkpoint.step:
+        return checkpoint
+    why = "it is not there"
+    for candidate in candidates:
+        if candidate.step == needed.step:
+            try:
+                state = read_state(candidate)
+                _require_same_training(state, own)
+            except CheckpointDamaged as problem:
+                why = str(problem)
+                continue
+            evaluated = state["position"]["evaluations"]
+            if evaluated and evaluated[-1].get(needed.metric) == needed.value:
+                return candidate
+    raise CheckpointDamaged(f"the best model that it builds on, of step {needed.step}: {why}")
 
 
 def _require_same_training(state: Mapping[str, Any], own: Fingerprint) -> None:
@@ -148,12 +215,18 @@ def _tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the training under a name, in an order that all ranks share."""
-    persistent = model.state_dict(keep_vars=True)
+    yield from _model_tensors(model)
     for name, parameter in model.named_parameters():
-        yield f"parameter.{name}", parameter.detach()
         for kept, value in sorted(optimizer.state.get(parameter, {}).items()):
             if isinstance(value, torch.Tensor):
                 yield f"{kept}.{name}", value
+
+
+def _model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and those buffers that are saved with them."""
+    persistent = model.state_dict(keep_vars=True)
+    for name, parameter in model.named_parameters():
+        yield f"parameter.{name}", parameter.detach()
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield f"buffer.{name}", buffer
