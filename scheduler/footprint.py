@@ -1,6 +1,6 @@
 """How much memory a rank needs: arithmetic on the model's shape, for admission within microseconds.
 
-Training follows the closed formula of what PyTorch keeps (weights, gradients, two AdamW moments,
+Training follows the closed formula of what PyTorch keeps (weights, gradients, the optimizer's state,
 what backward needs of each layer); measured against the truth it lies 11 to 15% high, which is the
 right side. Generation is weights, keys and values of every row, and logits. Everything is in bytes.
 Nothing is read here: ``scheduler/submission/models.py`` reads ``config.json`` and the headers of the
@@ -22,6 +22,11 @@ WIDENED = 8 * 1024 * MIB
 BYTES_PER_TOKEN = 3
 """UTF-8 bytes of text a token stands for, on the low side: English has about 4.5."""
 SPECIAL_TOKENS = 8
+STATE_BYTES = {"adamw": 8, "adam": 8, "sgd": 4, "adafactor": 0}
+"""That an optimizer keeps of each trained element, in fp32: two moments, one, or only sums of rows and
+columns, which are too few to count."""
+ADAFACTOR_PASSING = 3
+"""Tensors of the size of the largest that Adafactor holds while it updates that one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,8 @@ class ModelShape:
 
 
 def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None) -> int:
-    """Peak of one rank: ``4P`` weights, ``4T`` gradients, ``8T`` AdamW, activations, runtime.
+    """Peak of one rank: ``4P`` weights, ``4T`` gradients, ``8T`` for the two moments of AdamW (or what
+    another optimizer keeps), activations, runtime.
 
     ``P`` is all parameters and ``T`` the trainable ones. Per token and layer, backward keeps about
     ten hidden-sized tensors (norms, q, k, v, attention, dropout, residuals) and two of the MLP's
@@ -74,7 +80,7 @@ def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None)
 
     Args:
         shape: The model.
-        spec: Gives micro-batch, freezing, maximum length and precision.
+        spec: Gives optimizer, micro-batch, freezing, maximum length and precision.
         longest_text: Bytes of the longest text of the data; None: unknown, so the maximum length.
     """
     options = spec.hyperparameters
@@ -91,7 +97,16 @@ def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None)
     logits = rows * length * _logits_bytes(shape, spec.task)
     if spec.task == "embeddings":  # both texts of a pair go through the model together
         activations, embeddings = 2 * activations, 2 * embeddings
-    return FP32 * shape.parameters + 12 * trainable + activations + embeddings + logits + RUNTIME
+    updating = FP32 * trainable + _optimizer_bytes(shape, options.optimizer, trainable)
+    return FP32 * shape.parameters + updating + activations + embeddings + logits + RUNTIME
+
+
+def _optimizer_bytes(shape: ModelShape, optimizer: str, trainable: int) -> int:
+    kept = STATE_BYTES[optimizer] * trainable
+    if optimizer == "adafactor":
+        largest = max((elements for _, elements in shape.tensors), default=0)
+        kept += ADAFACTOR_PASSING * FP32 * min(largest, trainable)
+    return kept
 
 
 def lora_elements(shape: ModelShape, spec: TrainSpec) -> int:

@@ -93,6 +93,8 @@ class TrainAssignment(Message):
     ``artifacts/``. No other attempt writes there, so a stale one can spoil nothing."""
     resume_from: tuple[CheckpointRef, ...] = ()
     """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
+    best_from: tuple[CheckpointRef, ...] = ()
+    """The best models that those build on, which early stopping delivers in the end. Newest first."""
 
 
 class InferAssignment(Message):
@@ -209,6 +211,12 @@ class CheckpointWritten(Message):
     step: int
     path: str
     manifest: dict[str, FileDigest]
+    best_step: int | None = None
+    """The step of the best model up to here; without that one's checkpoint this one cannot end."""
+
+    @property
+    def best(self) -> bool:
+        return self.best_step == self.step
 
 
 class ArtifactWritten(Message):

@@ -202,6 +202,15 @@ class TrainData(Strict):
         return self
 
 
+OPTIMIZER_OPTIONS: dict[str, tuple[str, ...]] = {
+    "adamw": ("betas", "eps"),
+    "adam": ("betas", "eps"),
+    "sgd": ("momentum",),
+    "adafactor": (),
+}
+"""The optimizers, and the options that only some of them have."""
+
+
 class Hyperparameters(Strict):
     """Named as in PyTorch and Transformers. ``batch_size`` is the global batch, over all ranks."""
 
@@ -211,10 +220,27 @@ class Hyperparameters(Strict):
     micro_batch_size: int | None = Field(
         None, ge=1, description="Examples a rank holds at once; the rest is accumulated."
     )
-    learning_rate: float = Field(5e-5, gt=0, le=10)
-    weight_decay: float = Field(0.01, ge=0, le=1)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
+    optimizer: Literal["adamw", "adam", "sgd", "adafactor"] = "adamw"
+    learning_rate: float = Field(
+        5e-5, gt=0, le=10, description="For adafactor a share of each weight's size: 1e-3 to 1e-2."
+    )
+    weight_decay: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Of matrices, not of norms and biases. Decoupled for adamw and adafactor, L2 in "
+        "the gradient for adam and sgd. Default as in PyTorch: 0.01 for adamw, else 0.",
+    )
+    l1: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Adds l1 * sum|w| over the same matrices to what is minimised; the loss that is "
+        "reported is without it.",
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Of adamw and adam.")
+    eps: float = Field(1e-8, gt=0, description="Of adamw and adam.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd.")
     warmup_ratio: float | None = Field(None, ge=0, lt=1)
     warmup_steps: int | None = Field(None, ge=0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -250,6 +276,20 @@ class Hyperparameters(Strict):
             raise ValueError("betas must lie in [0, 1)")
         return self
 
+    @model_validator(mode="after")
+    def _options_fit_the_optimizer(self) -> Self:
+        for option in dict.fromkeys(sum(OPTIMIZER_OPTIONS.values(), ())):
+            # Not what is set: a spec that was stored has every field set.
+            default = type(self).model_fields[option].default
+            if option in OPTIMIZER_OPTIONS[self.optimizer] or getattr(self, option) == default:
+                continue
+            owners = [name for name, options in OPTIMIZER_OPTIONS.items() if option in options]
+            raise ValueError(
+                f"hyperparameters.{option} does not apply to optimizer '{self.optimizer}': it "
+                f"belongs to {' and '.join(owners)}"
+            )
+        return self
+
 
 class Lora(Strict):
     """Low-rank adaptation: small matrices are trained beside frozen weights."""
@@ -265,7 +305,26 @@ class Lora(Strict):
 class Checkpointing(Strict):
     every_steps: int | None = Field(None, ge=1)
     every_seconds: float | None = Field(600, gt=0)
-    keep: int = Field(2, ge=1, le=100, description="How many of the newest are kept.")
+    keep: int = Field(
+        2, ge=1, le=100, description="How many of the newest are kept; the best one besides."
+    )
+
+
+class EarlyStopping(Strict):
+    """Ends training once validation gets no better, and delivers the best model that was evaluated.
+
+    Each evaluation that is the best so far writes a checkpoint.
+    """
+
+    patience: int = Field(
+        ge=1, le=100_000, description="Evaluations in a row without improvement that end training."
+    )
+    min_delta: float = Field(
+        0.0, ge=0, description="What the metric must improve by, at least, to count for patience."
+    )
+    metric: str | None = Field(
+        None, min_length=1, max_length=100, description="Default: the task's own (accuracy, ...)."
+    )
 
 
 Problem = Literal["single-label", "multi-label", "regression"]
@@ -297,6 +356,7 @@ class TrainSpec(_Job):
         pattern=f"^{MODEL_NAME}$",
         description="Publish the model under this name, as its next version, once the job succeeds.",
     )
+    early_stopping: EarlyStopping | None = None
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -334,6 +394,16 @@ class TrainSpec(_Job):
     def adaptation(self) -> Lora:
         """The options of method 'lora'."""
         return self.lora or Lora()
+
+    @model_validator(mode="after")
+    def _stops_by_something(self) -> Self:
+        validates = self.data.validation is not None or self.data.validation_split is not None
+        if self.early_stopping is not None and not validates:
+            raise ValueError(
+                "early_stopping judges by validation data and there are none: give "
+                "data.validation or data.validation_split"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Self:

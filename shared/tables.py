@@ -338,6 +338,7 @@ class Checkpoint(Table, table=True):
     __tablename__ = "checkpoints"
     __table_args__ = (
         CheckConstraint("step >= 0 AND size >= 0", name="numbers"),
+        CheckConstraint("best_step >= 0 AND best_step <= step", name="best_step"),
         Index("uq_checkpoints_step", "attempt_id", "step", unique=True),
         Index("ix_checkpoints_job", "job_id", "step"),
     )
@@ -349,7 +350,14 @@ class Checkpoint(Table, table=True):
     path: str = Field(sa_column=_text())
     manifest: dict[str, Any] = Field(sa_column=_json())
     size: int = Field(sa_column=_big())
+    best_step: int | None = None
+    """The step of the best model up to here, which training delivers in the end; its own where this
+    checkpoint is that model. Null where training does not stop early."""
     created_at: datetime = Field(default=None, sa_column=_time(nullable=False, now=True))
+
+    @property
+    def best(self) -> bool:
+        return self.best_step == self.step
 
 
 class Artifact(Table, table=True):

@@ -139,6 +139,8 @@ class CheckpointView(View):
     attempt_id: str
     step: int
     size: int
+    best: bool = False
+    """The best model that was evaluated up to its step; kept for early stopping to deliver."""
     path: str
     created_at: datetime
 

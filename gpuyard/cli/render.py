@@ -15,6 +15,7 @@ from shared.lifecycle import AttemptState, JobState
 from shared.views import (
     ArtifactView,
     AttemptView,
+    CheckpointView,
     DeviceView,
     EventView,
     FileView,
@@ -238,13 +239,20 @@ def needs(requirements: dict[str, Any]) -> str:
 
 def summary(job: JobView) -> str:
     """The numbers a job ended with."""
-    return " · ".join(
+    came_to = job.summary or {}
+    parts = [
         f"{name.replace('_', ' ')} {number(value)}"
-        for name, value in (job.summary or {}).items()
+        for name, value in came_to.items()
         if isinstance(value, int | float | str)
         and not isinstance(value, bool)
         and name != "done"  # of a batch job that ended well: all rows
-    )
+    ]
+    if came_to.get("stopped_early"):
+        parts.append("stopped early")
+    if best := came_to.get("best"):
+        what = str(best["metric"]).replace("_", " ")
+        parts.append(f"best {what} {number(best['value'])} at step {best['step']}")
+    return " · ".join(parts)
 
 
 def pace(job: JobDetail, rows_per_second: float | None = None) -> str:
@@ -398,6 +406,22 @@ def artifacts(console: Console, items: Sequence[ArtifactView]) -> Table:
         Column("PATH ON THE SERVICE", 140),
     ]
     rows = [(a.name, a.kind, size(a.size), a.sha256[:16], a.path) for a in items]
+    return table(console, columns, rows)
+
+
+def checkpoints(console: Console, items: Sequence[CheckpointView]) -> Table:
+    columns = [
+        Column("CHECKPOINT", whole=True),
+        Column("STEP", whole=True, right=True),
+        Column("BEST", whole=True),
+        Column("SIZE", 60, right=True),
+        Column("AGE", 80),
+        Column("PATH ON THE SERVICE", 140),
+    ]
+    rows = [
+        (c.id, c.step, "best" if c.best else "", size(c.size), age(c.created_at), c.path)
+        for c in items
+    ]
     return table(console, columns, rows)
 
 

@@ -156,7 +156,7 @@ def metric_view(metric: Metric) -> MetricView:
 
 
 def checkpoint_view(checkpoint: Checkpoint) -> CheckpointView:
-    return CheckpointView(**checkpoint.model_dump())
+    return CheckpointView(**checkpoint.model_dump(), best=checkpoint.best)
 
 
 def artifact_view(artifact: Artifact) -> ArtifactView:

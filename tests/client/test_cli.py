@@ -20,6 +20,9 @@ import pytest
 from gpuyard import Client
 from gpuyard.cli import main
 from shared.lifecycle import FailureClass, JobState
+from shared.messages import FileDigest
+from shared.store import Store
+from shared.store.report import commit_checkpoint
 from tests.api.conftest import Api
 from tests.api.fake_worker import FakeFleet
 from tests.client.conftest import Said, start_cli
@@ -170,12 +173,19 @@ def test_everything_prints_json(
     succeeded: str,
     sdk: Client,
     fleet: FakeFleet,
+    store: Store,
     train_spec: Spec,
     tmp_data: Path,
     tmp_path: Path,
 ) -> None:
     trained = sdk.submit(train_spec()).id
     (holder,) = fleet.start(trained)
+    manifest = {"state": FileDigest(size=1, sha256="0" * 64)}
+    for step in (10, 20):
+        assert store.call(commit_checkpoint, holder, step, f"p{step}", manifest, 10)
+    said = cli("checkpoints", trained)
+    newest, best = (line.split() for line in said.out.splitlines()[1:])
+    assert (newest[1], best[1:3]) == ("20", ["10", "best"]), said
     fleet.publish(holder, tmp_data, "metrics.json", b"{}")
     fleet.finish(holder)
     rows = tmp_path / "rows.jsonl"
@@ -191,6 +201,7 @@ def test_everything_prints_json(
         (["files"], 1),
         (["files", "list"], 1),
         (["artifacts", trained], 1),
+        (["checkpoints", trained], 2),
         (["download", trained, "--to", str(tmp_path / "to")], 1),
         (["cancel", sdk.submit(train_spec()).id], 1),
         (["health"], 1),

@@ -182,10 +182,13 @@ class Gang:
     @property
     def checkpoints(self) -> tuple[CheckpointRef, ...]:
         """Newest first, as the next attempt is given them."""
-        return tuple(
-            CheckpointRef(id=f"ckpt_{r.step}", step=r.step, path=r.path, manifest=r.manifest)
-            for r in reversed(self.of(CheckpointWritten))
-        )
+        return tuple(_reference(report) for report in reversed(self.of(CheckpointWritten)))
+
+    @property
+    def best(self) -> tuple[CheckpointRef, ...]:
+        """Those of the checkpoints that are the best model of their time, newest first."""
+        written = self.of(CheckpointWritten)
+        return tuple(_reference(report) for report in reversed(written) if report.best)
 
     @property
     def model(self) -> Path:
@@ -233,6 +236,12 @@ class Gang:
             channel.send(JoinRendezvous(address=address))
 
 
+def _reference(report: CheckpointWritten) -> CheckpointRef:
+    return CheckpointRef(
+        id=f"ckpt_{report.step}", step=report.step, path=report.path, manifest=report.manifest
+    )
+
+
 def make_assignment(
     work_dir: Path,
     model: Path,
@@ -246,7 +255,9 @@ def make_assignment(
     validation_split: float | None = None,
     checkpoint: dict[str, Any] | None = None,
     columns: dict[str, str] | None = None,
+    early_stopping: dict[str, Any] | None = None,
     resume_from: Iterable[CheckpointRef] = (),
+    best_from: Iterable[CheckpointRef] = (),
     **hyperparameters: Any,
 ) -> TrainAssignment:
     """An assignment as the worker would make it; options not named are hyperparameters."""
@@ -265,6 +276,7 @@ def make_assignment(
             "hyperparameters": hyperparameters,
             "resources": {"devices": ranks},
             "checkpoint": checkpoint or {"every_seconds": None},
+            "early_stopping": early_stopping,
             **(spec_fields or {}),
         }
     )
@@ -282,6 +294,7 @@ def make_assignment(
         validation_path=None if validation is None else str(validation),
         work_dir=str(work_dir),
         resume_from=tuple(resume_from),
+        best_from=tuple(best_from),
     )
 
 

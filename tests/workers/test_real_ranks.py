@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.workers.fleet import Fleet
 pytestmark = pytest.mark.slow
 
 
-def train(fleet: Fleet, model: Path, *, epochs: int = 4, every_steps: int | None = 4) -> str:
+def train(fleet: Fleet, model: Path, **changes: Any) -> str:
     rows = ResolvedInput(path=str(fleet.data / "train.jsonl"), size=1)
     held_out = ResolvedInput(path=str(fleet.data / "held-out.jsonl"), size=1)
     return fleet.submit(
@@ -27,13 +28,9 @@ def train(fleet: Fleet, model: Path, *, epochs: int = 4, every_steps: int | None
             "task": "text-classification",
             "data": {"train": "x", "validation": "y"},
             "resources": {"devices": 2},
-            "hyperparameters": {
-                "batch_size": 16,
-                "epochs": epochs,
-                "learning_rate": 3e-3,
-                "seed": 7,
-            },
-            "checkpoint": {"every_steps": every_steps, "every_seconds": None},
+            "hyperparameters": {"batch_size": 16, "epochs": 4, "learning_rate": 3e-3, "seed": 7},
+            "checkpoint": {"every_steps": 4},
+            **changes,
         },
         {"train": rows, "validation": held_out},
         model=str(model),
@@ -59,9 +56,13 @@ def material(new_fleet: Callable[..., Fleet], database: str, valkey_url: str) ->
 def test_a_drained_training_goes_on_where_it_was(material: tuple[Fleet, Path]) -> None:
     fleet, bert = material
     fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
-    undisturbed = train(fleet, bert, epochs=60, every_steps=None)
+    long: dict[str, Any] = {
+        "hyperparameters": {"batch_size": 16, "epochs": 60, "learning_rate": 3e-3},
+        "checkpoint": {"every_seconds": None},
+    }
+    undisturbed = train(fleet, bert, **long)
     fleet.wait(undisturbed, "succeeded", within=120)
-    drained = train(fleet, bert, epochs=60, every_steps=None)
+    drained = train(fleet, bert, **long)
     eventually(lambda: (fleet.job(drained).progress or {}).get("step", 0) >= 20, within=60)
     assert fleet.stop_host() == 0
     (first,) = fleet.attempts(drained)
@@ -124,3 +125,50 @@ def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
     assert right / len(held_out) == pytest.approx(claimed)
     assert fleet.stop_host() == 0
     eventually(lambda: not fleet.processes())
+
+
+def test_the_best_model_outlives_the_attempt_that_made_it(
+    new_fleet: Callable[..., Fleet], database: str, valkey_url: str
+) -> None:
+    """Training learns what validation calls wrong, so that one of its first models stays the best."""
+    fleet = new_fleet(database, valkey_url, lease_ttl="20", claim_timeout="60")
+    fleet.start_scheduler()
+    bert = make_bert(fleet.data / "bert")
+    wrong = {"animal": "food", "food": "place", "place": "animal"}
+    rows = make_rows(256, seed=1)
+    write_rows(fleet.data / "train.jsonl", ({**row, "label": wrong[row["label"]]} for row in rows))
+    write_rows(fleet.data / "held-out.jsonl", make_rows(64, seed=2))
+    fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
+    changes = {
+        "early_stopping": {"patience": 30, "metric": "loss"},
+        "hyperparameters": {
+            "batch_size": 16, "epochs": 20, "learning_rate": 3e-3, "seed": 7,
+            "eval_every_steps": 8, "schedule": "constant",
+        },
+        "checkpoint": {"every_steps": 4, "keep": 1},
+    }  # fmt: skip
+
+    undisturbed = train(fleet, bert, **changes)
+    expected = fleet.wait(undisturbed, "succeeded", within=90).summary
+    assert expected is not None and expected["stopped_early"]
+    best = expected["best"]["step"]
+
+    killed = train(fleet, bert, **changes)
+
+    def is_behind_the_best() -> bool:
+        kept = fleet.store.call(read.list_checkpoints, killed)
+        return bool(kept) and kept[0].best_step == best < kept[0].step
+
+    eventually(is_behind_the_best, within=60)
+    victim = [pid for pid, name in fleet.processes().items() if name == "gpuyard-rank"][-1]
+    os.kill(victim, signal.SIGKILL)
+    summary = fleet.wait(killed, "succeeded", within=90).summary
+    first, _ = fleet.attempts(killed)
+    assert summary is not None and summary["resumed_from"]["step"] > best
+    for name in ("steps", "stopped_early", "best", "metrics"):
+        assert summary[name] == expected[name], name
+    assert weights(fleet, killed) == weights(fleet, undisturbed)
+    newest, made_best = fleet.store.call(read.list_checkpoints, killed)
+    assert (made_best.step, made_best.attempt_id) == (best, first.id)
+    assert newest.best_step == best and not newest.best
+    assert all((fleet.data / kept.path).is_dir() for kept in (newest, made_best))

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import select
 import time
+from pathlib import Path
 
 from shared.messages import (
     CheckpointRef,
@@ -17,7 +18,7 @@ from shared.messages import (
 )
 from shared.resolved import Resolved
 from shared.specs import TrainSpec
-from shared.store.claim import Claimed
+from shared.store.claim import Claimed, CommittedCheckpoint
 from workers.attempt.folders import AttemptFolder
 from workers.attempt.inbox import Inbox
 from workers.attempt.outcome import (
@@ -137,18 +138,19 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         train_path=inputs["train"],
         validation_path=inputs.get("validation"),
         work_dir=str(folder.path),
-        resume_from=tuple(
-            CheckpointRef(
-                id=each.id,
-                step=each.step,
-                path=str(data / each.path),
-                manifest={
-                    name: FileDigest.model_validate(digest)
-                    for name, digest in each.manifest.items()
-                },
-            )
-            for each in claimed.checkpoints
-        ),
+        resume_from=tuple(_reference(each, data) for each in claimed.checkpoints),
+        best_from=tuple(_reference(each, data) for each in claimed.best),
+    )
+
+
+def _reference(checkpoint: CommittedCheckpoint, data: Path) -> CheckpointRef:
+    return CheckpointRef(
+        id=checkpoint.id,
+        step=checkpoint.step,
+        path=str(data / checkpoint.path),
+        manifest={
+            name: FileDigest.model_validate(digest) for name, digest in checkpoint.manifest.items()
+        },
     )
 
 

@@ -19,9 +19,10 @@ from workers.ranks.train.deliver import deliver
 from workers.ranks.train.device import Compute, open_device
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
+from workers.ranks.train.freezing import freeze
 from workers.ranks.train.gang import join
-from workers.ranks.train.loop import Trainer
-from workers.ranks.train.model import freeze, make_optimizer
+from workers.ranks.train.loop import Trainer, best_model
+from workers.ranks.train.optimizer import make_optimizer
 from workers.ranks.train.order import BatchPlan, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
 from workers.ranks.train.reports import RankChannel, Reporter
@@ -35,6 +36,7 @@ from workers.ranks.train.state import (
     require_agreement,
     resume,
 )
+from workers.ranks.train.stopping import best_of
 from workers.ranks.train.tasks import Task, open_task
 from workers.ranks.train.tasks.base import Evaluation
 
@@ -93,7 +95,9 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     _say_what(reporter, model_path.name, assignment, task, compute, frozen, unused)
     _say_how_much(reporter, training, validation, task, plan)
 
-    resumed = resume(assignment, model, optimizer, own, gang, reporter)
+    resumed = resume(
+        assignment, model, optimizer, own, gang, reporter, lambda place: best_model(task, place)
+    )
     position = resumed.position if resumed else Position()
     if resumed:
         reporter.say(
@@ -114,6 +118,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         reporter=reporter,
         checkpoints=Path(assignment.work_dir) / "checkpoints",
         fingerprint=own,
+        best=resumed.best if resumed else None,
     )
     reporter.send(Ready(seconds=time.monotonic() - began))
 
@@ -124,7 +129,11 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
 
     summary: dict[str, Any] = {}
     if gang.rank == 0:
-        summary = _summary(task, plan, position, evaluation, resumed, first, seconds)
+        summary = {
+            **_summary(task, plan, position, evaluation, resumed, first, seconds),
+            "stopped_early": trainer.stopped_early,
+            "best": _best(position, task),
+        }
         _deliver(assignment, task, plan, position, evaluation, summary, compute, adapter, reporter)
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
 
@@ -265,8 +274,8 @@ def _summary(
         "epochs": position.step / plan.steps_per_epoch,
         "metrics": evaluation.values if evaluation else {},
         "objective": {
-            "metric": task.best,
-            "goal": "maximize" if task.better == "higher" else "minimize",
+            "metric": task.judged_by,
+            "goal": "maximize" if task.is_better(1.0, 0.0) else "minimize",
         },
         "seconds": round(seconds, 3),
         "examples_per_second": round(examples / max(1e-9, seconds), 3),
@@ -294,7 +303,6 @@ def _deliver(
         "training_seconds": round(position.seconds, 3),
         "peak_memory_bytes": compute.peak_memory(),
         "evaluations": position.evaluations,
-        "best": _best(position, task),
         **(evaluation.details if evaluation else {}),
     }
     artifacts = Path(assignment.work_dir) / "artifacts"
@@ -306,13 +314,13 @@ def _deliver(
     reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")
 
 
-def _best(position: Position, task: Task) -> dict[str, float] | None:
-    """The evaluation with the best value of the task's own metric."""
-    best: dict[str, float] | None = None
-    for entry in position.evaluations:
-        if best is None or task.is_better(entry[task.best], best[task.best]):
-            best = entry
-    return best
+def _best(position: Position, task: Task) -> dict[str, Any] | None:
+    """The best evaluation: by which metric, its value, and all that it measured."""
+    best = best_of(position.evaluations, task.judged_by, task.is_better)
+    if best is None:
+        return None
+    entry = next(each for each in position.evaluations if each["step"] == best.step)
+    return {"metric": best.metric, "value": best.value, **entry}
 
 
 def _leave(reporter: Reporter, assignment: TrainAssignment, end: Preempted) -> int:

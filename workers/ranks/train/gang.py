@@ -62,10 +62,14 @@ class Gang:
         return json.loads(self.store.get(key))
 
     def spread(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite the tensors of every rank with those of rank 0."""
+        """Overwrite the tensors of every rank with those of rank 0, wherever they lie: an optimizer
+        may count its steps on the host, which NCCL does not reach."""
         if self.store is not None:
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                moved = tensor.to(self.device)
+                dist.broadcast(moved, src=0)
+                if moved is not tensor:
+                    tensor.copy_(moved)
 
     def leave(self) -> None:
         """End the process group after a success. After a failure the process just exits: a

@@ -1,5 +1,8 @@
 """The training loop: forward, backward, agree, update, and what is due between the steps.
 
+What is due comes in one order: evaluate, decide whether that was the last, then checkpoint. So a
+checkpoint knows of the evaluation at its step, and none is made of a training that has ended.
+
 Randomness is reseeded for every micro-batch from (seed, step, rank, micro-batch), so a step that is
 computed again after a crash is bitwise the step that was computed before, on the same world size.
 """
@@ -17,18 +20,20 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from shared.lifecycle import FailureClass
-from shared.messages import CheckpointWritten, Metric, Progress
+from shared.messages import CheckpointRef, CheckpointWritten, Metric, Progress
 from shared.specs import TrainSpec
 from workers.ranks.checkpoint import CheckpointWriter, Written
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted, TrainingFailed
 from workers.ranks.train.gang import Gang
+from workers.ranks.train.optimizer import add_l1, regularised
 from workers.ranks.train.order import BatchPlan, Indices, derive, epoch_order, micro_batches
 from workers.ranks.train.parallel import parallelise, warm_up_batch
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.schedule import Schedule
-from workers.ranks.train.state import Fingerprint, Position, describe, snapshot
+from workers.ranks.train.state import Fingerprint, Position, describe, restore_best, snapshot
+from workers.ranks.train.stopping import Best, best_of, is_over, require_metric
 from workers.ranks.train.tasks import Task
 from workers.ranks.train.tasks.base import Evaluation
 
@@ -55,13 +60,16 @@ class Trainer:
         reporter: Reporter,
         checkpoints: Path,
         fingerprint: Fingerprint,
+        best: CheckpointRef | None,
     ) -> None:
+        """``best``: where rank 0 finds the best model so far, if another attempt has made it."""
         self._spec = spec
         self._options = spec.hyperparameters
         self._task = task
         self._model = model
         self._optimizer = optimizer
         self._trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._regularised = regularised(model)
         self._schedule = schedule
         self._plan = plan
         self._training = training
@@ -74,6 +82,9 @@ class Trainer:
         self._blocked = 0.0
         self._first_step = 0
         self._saved_step: int | None = None
+        self._best_step: int | None = None
+        self._best = best
+        self.stopped_early = False
         warm_up = warm_up_batch(task, training, plan, compute)
         self._wrapped = parallelise(task, model, warm_up, compute, gang)
         self._order: tuple[int, Indices] | None = None
@@ -81,10 +92,12 @@ class Trainer:
     def run(self, position: Position) -> Evaluation | None:
         """Train to the end; returns the evaluation of the final model, where there is validation.
 
-        ``position`` moves on with the training.
+        ``position`` moves on with the training. With early stopping the model is the best one that
+        was evaluated, whenever training ended.
 
         Raises:
-            TrainingFailed: the loss is no longer finite (user_error).
+            TrainingFailed: the loss is no longer finite, or early stopping names a metric that there is
+                none of (user_error).
             Preempted: a rank's device was wanted back; the checkpoint of the step is durable.
             Stopped: the worker ordered it, or is gone; nothing further is written.
         """
@@ -130,13 +143,15 @@ class Trainer:
                 spoken = _Means()
             if self._evaluation_is_due(position.step):
                 evaluation = self._evaluate(position)
-            if self._checkpoint_is_due(position.step, saved):
+                if self._ends_early(position):
+                    break
+            if self._checkpoint_is_due(position, saved):
                 self._save(position)
                 saved = time.monotonic()
             if leave and position.step < plan.total_steps:
                 self._leave(position)
         self._writer.close()
-        return evaluation
+        return self._deliver_best(position, evaluation)
 
     def _step(
         self, position: Position, indices: Indices, began: float
@@ -167,6 +182,9 @@ class Trainer:
                 scaled.backward()  # type: ignore[no-untyped-call]
             loss += total.detach()
             tokens += batch.tokens if len(part) else 0
+        if self._options.l1:
+            # A rank's gradients are those of the gang by now, and so is what is added to them.
+            add_l1(self._regularised, self._options.l1)
         limit = self._options.max_grad_norm
         # The gradients are all-reduced, so their norm, and what is decided by it, is every rank's.
         norm = float(nn.utils.clip_grad_norm_(self._trained, math.inf if limit is None else limit))
@@ -231,14 +249,10 @@ class Trainer:
         if self._validation is None:
             return None
         began = time.monotonic()
-        evaluation = self._task.evaluate(
-            self._model,
-            self._validation,
-            batch_size=max(self._plan.micro_batch, 16),
-            compute=self._compute,
-            gang=self._gang,
-        )
+        evaluation = self._judge(self._validation)
         values = evaluation.values
+        if self._spec.early_stopping is not None:
+            require_metric(self._task.judged_by, values)
         position.evaluations.append({"step": position.step, **values})
         self._reporter.metric(Metric(split="validation", step=position.step, values=values))
         shown = ", ".join(f"{name.replace('_', ' ')} {_shown(v)}" for name, v in values.items())
@@ -248,11 +262,51 @@ class Trainer:
         )
         return evaluation
 
-    def _checkpoint_is_due(self, step: int, saved: float) -> bool:
+    def _judge(self, validation: Examples) -> Evaluation:
+        return self._task.evaluate(
+            self._model,
+            validation,
+            batch_size=max(self._plan.micro_batch, 16),
+            compute=self._compute,
+            gang=self._gang,
+        )
+
+    def _ends_early(self, position: Position) -> bool:
+        # Every rank has the same evaluations, and so decides the same.
+        rule, task = self._spec.early_stopping, self._task
+        if rule is None or position.step == self._plan.total_steps:
+            return False
+        entries = position.evaluations
+        self.stopped_early = is_over(rule, entries, task.judged_by, task.is_better)
+        if self.stopped_early:
+            self._reporter.say(
+                f"training ends at step {position.step} of {self._plan.total_steps}: "
+                f"{rule.patience} evaluation(s) in a row without a better {task.judged_by}"
+            )
+        return self.stopped_early
+
+    def _deliver_best(self, position: Position, evaluation: Evaluation | None) -> Evaluation | None:
+        """With early stopping, go back to the best model; its evaluation, or else the last one's."""
+        best = best_model(self._task, position)
+        if best is None or best.step == position.step or self._validation is None:
+            return evaluation
+        restore_best(self._model, self._best, self._gang)
+        self._reporter.say(
+            f"the best model is delivered: step {best.step}, {best.metric} {best.value:.4f}"
+        )
+        # Judged once more, for the details that only an evaluation has.
+        return self._judge(self._validation)
+
+    def _checkpoint_is_due(self, position: Position, saved: float) -> bool:
+        step = position.step
         # Every rank holds the same state, so a checkpoint is no collective: rank 0 alone decides by
         # its clock and alone writes. The last step needs none, as the model itself follows.
         if self._gang.rank != 0 or step == self._plan.total_steps:
             return False
+        if position.evaluations and position.evaluations[-1]["step"] == step:
+            best = best_model(self._task, position)
+            if best is not None and best.step == step:
+                return True
         rules = self._spec.checkpoint
         by_step = rules.every_steps is not None and step % rules.every_steps == 0
         by_time = (
@@ -266,20 +320,39 @@ class Trainer:
         self._writer.close()
         tensors = snapshot(self._model, self._optimizer)
         state = describe(self._fingerprint, self._gang, position)
+        best = best_model(self._task, position)
+        self._best_step = best.step if best else None
         self._blocked = time.monotonic() - began
         self._writer.submit(position.step, tensors, state)
         self._saved_step = position.step
 
     def _checkpoint_written(self, written: Written) -> None:
-        # On the writer's thread.
+        # On the writer's thread; the training's reads what is set here once it has waited for this one.
         size = sum(entry.size for entry in written.manifest.values())
-        self._reporter.send(
-            CheckpointWritten(step=written.step, path=str(written.path), manifest=written.manifest)
+        report = CheckpointWritten(
+            step=written.step,
+            path=str(written.path),
+            manifest=written.manifest,
+            best_step=self._best_step,
         )
+        if report.best:
+            self._best = CheckpointRef(
+                id="own", step=report.step, path=report.path, manifest=report.manifest
+            )
+        self._reporter.send(report)
+        which = ", the best so far" if report.best else ""
         self._reporter.say(
-            f"checkpoint of step {written.step}: {size / 1e6:.1f} MB in {written.seconds:.2f} s, "
-            f"training waited {self._blocked:.2f} s"
+            f"checkpoint of step {written.step}{which}: {size / 1e6:.1f} MB in "
+            f"{written.seconds:.2f} s, training waited {self._blocked:.2f} s"
         )
+
+
+def best_model(task: Task, position: Position) -> Best | None:
+    """The model to be delivered, if training ended at ``position``; None: the last, as without early
+    stopping."""
+    if task.spec.early_stopping is None:
+        return None
+    return best_of(position.evaluations, task.judged_by, task.is_better)
 
 
 class _Means:

@@ -56,6 +56,8 @@ class Task(ABC):
     best: str
     """The metric by which two evaluations are compared. May depend on the training data."""
     better: ClassVar[Literal["higher", "lower"]] = "higher"
+    lower_is_better: ClassVar[frozenset[str]] = frozenset({"loss", "perplexity"})
+    """Of the other metrics, those of which less is better."""
     split_by: ClassVar[str | None] = None
     """The dense column whose values each keep their share in a validation split."""
 
@@ -147,5 +149,14 @@ class Task(ABC):
     def finish(self, folder: Path) -> None:  # noqa: B027  most tasks add nothing
         """Add to the folder of the finished model what its users need beside model and tokenizer."""
 
+    @property
+    def judged_by(self) -> str:
+        """The metric that says which model is the best: the task's own, or what the spec names."""
+        rule = self.spec.early_stopping
+        return (rule.metric if rule else None) or self.best
+
     def is_better(self, new: float, old: float) -> bool:
-        return new > old if self.better == "higher" else new < old
+        """Of two values of ``judged_by``."""
+        if self.judged_by == self.best:
+            return new > old if self.better == "higher" else new < old
+        return new < old if self.judged_by in self.lower_is_better else new > old

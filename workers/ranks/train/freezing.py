@@ -1,15 +1,13 @@
-"""What of the model is trained, and the optimizer that does it."""
+"""What of the model is trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
 from shared.lifecycle import FailureClass
-from shared.specs import Hyperparameters
 from workers.ranks.train.failures import TrainingFailed
 
 
@@ -41,19 +39,3 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
             "Leave out the classification head, for instance.",
         )
     return frozen
-
-
-def make_optimizer(model: nn.Module, options: Hyperparameters) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, 2019); weight decay on matrices, none on biases and norms."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=options.learning_rate,
-        betas=options.betas,
-        eps=options.eps,
-        fused=True,
-    )
