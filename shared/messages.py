@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from shared.lifecycle import FailureClass
-from shared.specs import InferSpec, TrainSpec
+from shared.specs import DataFormat, InferSpec, TrainSpec
 
 
 class Message(BaseModel):
@@ -86,7 +86,9 @@ class TrainAssignment(Message):
     spec: TrainSpec
     model_path: str
     train_path: str
+    train_format: DataFormat = "jsonl"
     validation_path: str | None
+    validation_format: DataFormat = "jsonl"
     work_dir: str
     """This attempt's own folder, made by the worker: checkpoints in ``checkpoints/``, deliverables in
     ``artifacts/``. No other attempt writes there, so a stale one can spoil nothing."""

@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shared.formats import format_of
 from shared.messages import (
     CheckpointRef,
     CheckpointWritten,
@@ -266,7 +267,9 @@ def make_assignment(
         spec=spec,
         model_path=str(model),
         train_path=str(train),
+        train_format=format_of(train.name),
         validation_path=None if validation is None else str(validation),
+        validation_format=format_of(validation.name) if validation else "jsonl",
         work_dir=str(work_dir),
         resume_from=tuple(resume_from),
     )

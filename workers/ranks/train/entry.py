@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from shared.formats import DataFile
 from shared.lifecycle import FailureClass
 from shared.messages import Done, Failed, Ready, TrainAssignment
 from workers.ranks.loading import LoadError
@@ -65,7 +66,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     gang = join(assignment, compute, reporter)
 
     began = time.monotonic()
-    task = open_task(spec, Path(assignment.model_path), Path(assignment.train_path))
+    task = open_task(spec, Path(assignment.model_path), _training_file(assignment))
     training, validation = _read(assignment, task)
     plan, schedule = _plan(assignment, len(training))
     model = task.loaded.model
@@ -119,12 +120,17 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
 def _read(assignment: TrainAssignment, task: Task) -> tuple[Examples, Examples | None]:
     """Training and validation data: from a file of its own, split off, or none."""
     data, seed = assignment.spec.data, assignment.spec.hyperparameters.seed
-    training = task.read(Path(assignment.train_path))
+    training = task.read(_training_file(assignment))
     if assignment.validation_path is not None:
-        return training, task.read(Path(assignment.validation_path))
+        path = Path(assignment.validation_path)
+        return training, task.read(DataFile(path, assignment.validation_format))
     if data.validation_split is not None:
         return split(training, data.validation_split, seed, by=task.split_by)
     return training, None
+
+
+def _training_file(assignment: TrainAssignment) -> DataFile:
+    return DataFile(Path(assignment.train_path), assignment.train_format)
 
 
 def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedule]:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shared.formats import DataFile
 from shared.specs import TrainSpec
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Batch, Examples
@@ -66,7 +67,7 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:
+    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:
         """Load the model for what the training data asks of it. New parts are a function of the seed
         alone, so all ranks make the same.
 
@@ -75,7 +76,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def read(self, path: Path) -> Examples:
+    def read(self, file: DataFile) -> Examples:
         """Read and tokenise a file; what is longer than ``loaded.max_length`` is cut.
 
         Raises:
