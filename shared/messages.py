@@ -92,6 +92,8 @@ class TrainAssignment(Message):
     work_dir: str
     """This attempt's own folder, made by the worker: checkpoints in ``checkpoints/``, deliverables in
     ``artifacts/``. No other attempt writes there, so a stale one can spoil nothing."""
+    cache_dir: str | None = None
+    """What attempts and jobs share, made by the worker: tokenised data. None: nothing is kept."""
     resume_from: tuple[CheckpointRef, ...] = ()
     """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
 

@@ -45,6 +45,8 @@ DEADLINE = 150.0
 """Seconds. A run takes one to five; on a machine that is busy with more, much longer."""
 SPARE_MEMORY_VARIABLE = "TEST_SPARE_MEMORY"
 """Bytes of address space that a rank may take beyond what it has at its start."""
+SPARE_DATA_VARIABLE = "TEST_SPARE_DATA"
+"""The same of memory that is its own: heap and anonymous mappings, not files that it has mapped."""
 R = TypeVar("R")
 
 _context = multiprocessing.get_context("forkserver")
@@ -61,10 +63,15 @@ def run_rank(sock: socket.socket, log: str, environment: dict[str, str]) -> None
     os.dup2(descriptor, 2)
     from workers.ranks.train import main
 
-    if SPARE_MEMORY_VARIABLE in environment:
-        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        limit = in_use + int(environment[SPARE_MEMORY_VARIABLE])
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for variable, field_of_status, kind in (
+        (SPARE_MEMORY_VARIABLE, "VmSize", resource.RLIMIT_AS),
+        (SPARE_DATA_VARIABLE, "VmData", resource.RLIMIT_DATA),
+    ):
+        if variable in environment:
+            status = Path("/proc/self/status").read_text()
+            in_use = int(status.split(f"{field_of_status}:")[1].split()[0]) * 1024
+            limit = in_use + int(environment[variable])
+            resource.setrlimit(kind, (limit, limit))
     code = main(Channel(sock, ToRank))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -96,6 +103,8 @@ class Gang:
     join: bool = True
     ranks: Sequence[int] | None = None
     """Which ranks to start; all of them by default."""
+    differing: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By rank: fields of its assignment that are not those of the others."""
 
     def __post_init__(self) -> None:
         self.reports: list[tuple[int, Report]] = []
@@ -120,7 +129,8 @@ class Gang:
             process.start()
             theirs.close()
             channel: Channel[Any] = Channel(ours, FromRank)
-            channel.send(self.assignment.model_copy(update={"rank": rank}))
+            own = self.differing.get(rank, {})
+            channel.send(self.assignment.model_copy(update={"rank": rank, **own}))
             self.processes[rank], self._channels[rank] = process, channel
             self._sockets[rank] = ours
 
@@ -236,6 +246,7 @@ def make_assignment(
     checkpoint: dict[str, Any] | None = None,
     columns: dict[str, str] | None = None,
     resume_from: Iterable[CheckpointRef] = (),
+    cache: Path | None = None,
     **hyperparameters: Any,
 ) -> TrainAssignment:
     """An assignment as the worker would make it; options not named are hyperparameters."""
@@ -270,6 +281,7 @@ def make_assignment(
         train_format=format_of(train.name),
         validation_path=None if validation is None else str(validation),
         validation_format=format_of(validation.name) if validation else "jsonl",
+        cache_dir=None if cache is None else str(cache),
         work_dir=str(work_dir),
         resume_from=tuple(resume_from),
     )

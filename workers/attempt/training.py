@@ -6,6 +6,7 @@ import contextlib
 import logging
 import select
 import time
+from pathlib import Path
 
 from shared.messages import (
     CheckpointRef,
@@ -135,6 +136,7 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         validation_path=str(data / validation.path) if validation else None,
         validation_format=validation.format if validation else "jsonl",
         work_dir=str(folder.path),
+        cache_dir=str(_cache(data)),
         resume_from=tuple(
             CheckpointRef(
                 id=each.id,
@@ -148,6 +150,13 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
             for each in claimed.checkpoints
         ),
     )
+
+
+def _cache(data: Path) -> Path:
+    folder = data / "cache"
+    with contextlib.suppress(OSError):  # the rank does without, and says so
+        folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _send(rank: RankProcess, message: TrainAssignment | JoinRendezvous | Stop) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from shared.formats import DataFile
 from shared.lifecycle import FailureClass
 from shared.messages import Done, Failed, Ready, TrainAssignment
 from workers.ranks.loading import LoadError
@@ -24,8 +23,8 @@ from workers.ranks.train.loop import Trainer
 from workers.ranks.train.model import freeze, make_optimizer
 from workers.ranks.train.order import BatchPlan, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
+from workers.ranks.train.reading import read_data, training_file
 from workers.ranks.train.reports import RankChannel, Reporter
-from workers.ranks.train.rows import split
 from workers.ranks.train.schedule import Schedule, make_schedule
 from workers.ranks.train.state import (
     Position,
@@ -66,8 +65,8 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     gang = join(assignment, compute, reporter)
 
     began = time.monotonic()
-    task = open_task(spec, Path(assignment.model_path), _training_file(assignment))
-    training, validation = _read(assignment, task)
+    task = open_task(spec, Path(assignment.model_path), training_file(assignment))
+    training, validation = read_data(assignment, task, gang, reporter)
     plan, schedule = _plan(assignment, len(training))
     model = task.loaded.model
     _require_fitting_tokenizer(model, training, validation)
@@ -115,22 +114,6 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         summary = _summary(plan, position, evaluation, resumed, first, seconds)
         _deliver(assignment, task, plan, position, evaluation, summary, compute, reporter)
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
-
-
-def _read(assignment: TrainAssignment, task: Task) -> tuple[Examples, Examples | None]:
-    """Training and validation data: from a file of its own, split off, or none."""
-    data, seed = assignment.spec.data, assignment.spec.hyperparameters.seed
-    training = task.read(_training_file(assignment))
-    if assignment.validation_path is not None:
-        path = Path(assignment.validation_path)
-        return training, task.read(DataFile(path, assignment.validation_format))
-    if data.validation_split is not None:
-        return split(training, data.validation_split, seed, by=task.split_by)
-    return training, None
-
-
-def _training_file(assignment: TrainAssignment) -> DataFile:
-    return DataFile(Path(assignment.train_path), assignment.train_format)
 
 
 def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedule]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -12,11 +11,24 @@ from shared.examples import Placed, read_examples
 from shared.formats import DataFile
 from shared.records import BadRow
 from shared.specs import TrainSpec
-from workers.ranks.train.examples import Examples, Ragged
+from workers.ranks.train.columns import Collector
+from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import DataProblem
 from workers.ranks.train.order import derive
 
+__all__ = [
+    "Collector",
+    "class_of",
+    "find_labels",
+    "read_chunks",
+    "read_rows",
+    "split",
+    "tokenise",
+]
+
 _TOKENISED_TOGETHER = 1024
+_BYTES_TOGETHER = 4 * 1024 * 1024
+"""Of the file: what is tokenised together takes some ten times as much memory."""
 _SHOWN_LABELS = 8
 
 
@@ -50,13 +62,13 @@ def read_chunks(file: DataFile, spec: TrainSpec) -> Iterator[list[Placed]]:
         DataProblem: as ``read_rows``, and where there is no row.
     """
     chunk: list[Placed] = []
-    none = True
+    none, size = True, 0
     for row in read_rows(file, spec):
         chunk.append(row)
-        none = False
-        if len(chunk) == _TOKENISED_TOGETHER:
+        none, size = False, size + row.size
+        if len(chunk) == _TOKENISED_TOGETHER or size >= _BYTES_TOGETHER:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if none:
         raise DataProblem("no_rows", "the file has no rows", name=file.name)
     if chunk:
@@ -120,48 +132,6 @@ def tokenise(
             "input_ids"
         ]
     return ids, cut
-
-
-class Collector:
-    """Gathers examples one by one into ``Examples``."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, array[int]] = {}
-        self._ends: dict[str, array[int]] = {}
-        self._dense: dict[str, array[float]] = {}
-        self._lengths, self._weights, self._cut = array("i"), array("q"), array("b")
-
-    def add(
-        self,
-        lists: Mapping[str, Sequence[int]],
-        *,
-        length: int,
-        weight: int = 1,
-        cut: bool = False,
-        numbers: Mapping[str, float] | None = None,
-    ) -> None:
-        """One example: its lists of integers, and one number for each further column."""
-        for name, items in lists.items():
-            values = self._values.setdefault(name, array("i"))
-            values.extend(items)
-            self._ends.setdefault(name, array("q")).append(len(values))
-        for name, number in (numbers or {}).items():
-            self._dense.setdefault(name, array("d")).append(number)
-        self._lengths.append(length)
-        self._weights.append(weight)
-        self._cut.append(cut)
-
-    def done(self) -> Examples:
-        return Examples(
-            {
-                name: Ragged(np.array(values, np.int32), np.array(self._ends[name], np.int64))
-                for name, values in self._values.items()
-            },
-            {name: np.array(numbers, np.float64) for name, numbers in self._dense.items()},
-            lengths=np.array(self._lengths, np.int32),
-            weights=np.array(self._weights, np.int64),
-            cut=np.array(self._cut, np.bool_),
-        )
 
 
 def split(

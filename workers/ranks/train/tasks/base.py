@@ -26,6 +26,46 @@ from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import Indices, derive
 
 Sums = NDArray[np.float64]
+NOT_READ: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            "kind",
+            "name",
+            "model",
+            "resources",
+            "priority",
+            "retry",
+            "timeout_seconds",
+            "fail_fast",
+            "method",
+            "checkpoint",
+        ),
+        True,
+    ),
+    "data": {"train", "validation", "validation_split", "format"},
+    "hyperparameters": {
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "micro_batch_size",
+        "learning_rate",
+        "weight_decay",
+        "betas",
+        "eps",
+        "warmup_ratio",
+        "warmup_steps",
+        "schedule",
+        "max_grad_norm",
+        "label_smoothing",
+        "dropout",
+        "freeze",
+        "max_length",  # the task's own limit counts, which it is part of
+        "precision",
+        "seed",
+        "eval_every_steps",
+    },
+}
+"""Fields of a spec that say nothing about how a row becomes an example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +122,20 @@ class Task(ABC):
         Raises:
             DataProblem: the file cannot be read, a row is malformed, or there is none.
         """
+
+    def cache_key(self) -> dict[str, Any]:
+        """What decides, beside file and tokenizer, about what ``read`` makes: data that two tasks
+        read under equal keys are taken for equal. A task whose ``read`` looks at more extends it.
+
+        Of the spec counts all but what is known not to: an option that is new only costs a reading.
+        """
+        spec = self.spec.model_dump(mode="json", exclude=NOT_READ)
+        return {
+            "class": type(self).__name__,
+            "max_length": self.loaded.max_length,
+            "labels": list(self.loaded.labels),
+            "spec": spec,
+        }
 
     @abstractmethod
     def batch(self, examples: Examples, indices: Indices | Sequence[int], seed: int) -> Batch:
