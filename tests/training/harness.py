@@ -45,8 +45,6 @@ DEADLINE = 150.0
 """Seconds. A run takes one to five; on a machine that is busy with more, much longer."""
 SPARE_MEMORY_VARIABLE = "TEST_SPARE_MEMORY"
 """Bytes of address space that a rank may take beyond what it has at its start."""
-SPARE_DATA_VARIABLE = "TEST_SPARE_DATA"
-"""The same of memory that is its own: heap and anonymous mappings, not files that it has mapped."""
 R = TypeVar("R")
 
 _context = multiprocessing.get_context("forkserver")
@@ -63,15 +61,10 @@ def run_rank(sock: socket.socket, log: str, environment: dict[str, str]) -> None
     os.dup2(descriptor, 2)
     from workers.ranks.train import main
 
-    for variable, field_of_status, kind in (
-        (SPARE_MEMORY_VARIABLE, "VmSize", resource.RLIMIT_AS),
-        (SPARE_DATA_VARIABLE, "VmData", resource.RLIMIT_DATA),
-    ):
-        if variable in environment:
-            status = Path("/proc/self/status").read_text()
-            in_use = int(status.split(f"{field_of_status}:")[1].split()[0]) * 1024
-            limit = in_use + int(environment[variable])
-            resource.setrlimit(kind, (limit, limit))
+    if SPARE_MEMORY_VARIABLE in environment:
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit = in_use + int(environment[SPARE_MEMORY_VARIABLE])
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     code = main(Channel(sock, ToRank))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -111,6 +104,14 @@ class Gang:
         self.processes: dict[int, BaseProcess] = {}
         self._channels: dict[int, Channel[Any]] = {}
         self._sockets: dict[int, socket.socket] = {}
+
+    def own_memory(self, rank: int) -> int:
+        """Bytes of memory that are the rank's own, not of files that it has mapped; 0 once it is gone."""
+        try:
+            status = Path(f"/proc/{self.processes[rank].pid}/status").read_text()
+        except (OSError, KeyError):
+            return 0
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024 if "RssAnon:" in status else 0
 
     @property
     def log(self) -> Path:

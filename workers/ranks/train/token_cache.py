@@ -61,7 +61,7 @@ class TokenCache:
         try:
             held = _hold(folder)
             examples = map_columns(folder)
-        except FileNotFoundError:
+        except OSError:  # not there, or not for us to read
             return None
         except ColumnsDamaged as problem:
             self._notice(
