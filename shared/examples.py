@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from shared.records import BadRow, kind_of, read_records
-from shared.specs import SEQ2SEQ, Columns, TrainSpec
+from shared.cells import typed
+from shared.formats import DataFile, read_records
+from shared.records import BadRow, kind_of
+from shared.specs import SEQ2SEQ, TASK_COLUMNS, Columns, TrainSpec
 
 ROLES = ("system", "user", "assistant")
 _SHOWN = 8
@@ -124,16 +125,17 @@ class Placed:
     size: int
 
 
-def read_examples(path: Path, spec: TrainSpec) -> Iterator[Placed]:
+def read_examples(file: DataFile, spec: TrainSpec) -> Iterator[Placed]:
     """The examples of a training file, one after another.
 
     Raises:
         BadRow: names the line, what is wrong with it, and what to do.
         OSError: the file cannot be read.
     """
-    for record in read_records(path):
+    wanted = {getattr(spec.data.columns, role) for role in TASK_COLUMNS[spec.task]}
+    for record in read_records(file, wanted):
         try:
-            example = parse_example(record.fields, spec)
+            example = parse_example(typed(record.fields, file.format, spec), spec)
         except BadRow as problem:
             problem.line = record.line
             raise

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from shared.lifecycle import FailureClass
-from shared.specs import InferSpec, TrainSpec
+from shared.specs import DataFormat, InferSpec, TrainSpec
 
 
 class Message(BaseModel):
@@ -87,10 +87,14 @@ class TrainAssignment(Message):
     model_path: str
     """Empty for a model from scratch (``spec.architecture``)."""
     train_path: str
+    train_format: DataFormat = "jsonl"
     validation_path: str | None
+    validation_format: DataFormat = "jsonl"
     work_dir: str
     """This attempt's own folder, made by the worker: checkpoints in ``checkpoints/``, deliverables in
     ``artifacts/``. No other attempt writes there, so a stale one can spoil nothing."""
+    cache_dir: str | None = None
+    """What attempts and jobs share, made by the worker: tokenised data. None: nothing is kept."""
     resume_from: tuple[CheckpointRef, ...] = ()
     """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
     best_from: tuple[CheckpointRef, ...] = ()

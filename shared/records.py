@@ -1,4 +1,7 @@
-"""Training files, read row by row: each row an object with its place in the file. Pure of any task."""
+"""Rows of training files, each an object with its place in the file: JSONL and plain text.
+
+``shared/formats.py`` chooses the reader of a file; no reader knows of any task.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from shared.rows import MAX_LINE_BYTES
 
 
 class BadRow(Exception):
-    """A row that cannot be used. ``code`` is stable; ``line`` counts from 1, 0 where it is unknown."""
+    """A row that cannot be used. ``code`` is stable; ``line`` counts from 1 (rows, in Parquet), 0 where
+    it is unknown."""
 
     def __init__(self, code: str, message: str, *, line: int = 0, hint: str | None = None) -> None:
         super().__init__(message)
@@ -24,18 +28,43 @@ class BadRow(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row. ``size`` is what it took of the file, in bytes."""
+    """One row. ``line`` is where it begins; ``size`` is what it took of the file, in bytes."""
 
     line: int
     fields: dict[str, Any]
     size: int
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """The rows of a JSONL file, one line in memory at a time; blank lines are skipped and counted.
+def read_jsonl(path: Path) -> Iterator[Record]:
+    """One object a line.
 
     Raises:
         BadRow: invalid_json or line_too_long, with its line.
+        OSError: the file cannot be read.
+    """
+    for line, content in read_lines(path):
+        if content.strip():
+            yield Record(line, _parse(content, line), len(content))
+
+
+def read_text(path: Path) -> Iterator[Record]:
+    """Each line is a row ``{"text": line}``, without its end.
+
+    Raises:
+        BadRow: invalid_text or line_too_long, with its line.
+        OSError: the file cannot be read.
+    """
+    for line, content in read_lines(path):
+        text = decode(content, line, code="invalid_text").rstrip("\r\n")
+        if text.strip():
+            yield Record(line, {"text": text}, len(content))
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, content with its end) of every line; one is in memory at a time.
+
+    Raises:
+        BadRow: line_too_long.
         OSError: the file cannot be read.
     """
     line = 0
@@ -46,26 +75,33 @@ def read_records(path: Path) -> Iterator[Record]:
                 raise BadRow(
                     "line_too_long", f"the line is longer than {MAX_LINE_BYTES} bytes", line=line
                 )
-            if content.strip():
-                yield Record(line, _parse(content, line), len(content))
+            yield line, content
+
+
+def decode(content: bytes, line: int, *, code: str) -> str:
+    """A line of UTF-8; the first may begin with a byte order mark.
+
+    Raises:
+        BadRow: ``code``.
+    """
+    try:
+        return content.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(
+            code, f"not UTF-8 (byte {error.start})", line=line, hint="Save the file as UTF-8."
+        ) from None
 
 
 def _parse(content: bytes, line: int) -> dict[str, Any]:
+    text = decode(content, line, code="invalid_json")
     try:
-        fields = json.loads(content.decode("utf-8-sig" if line == 1 else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadRow(
-            "invalid_json",
-            f"not UTF-8 (byte {error.start})",
-            line=line,
-            hint="Save the file as UTF-8.",
-        ) from None
+        fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise BadRow(
             "invalid_json",
             f"no JSON: {error.msg} at column {error.colno}",
             line=line,
-            hint="The file must be JSONL: one JSON object a line.",
+            hint="JSONL has one JSON object a line; for another kind of file set data.format.",
         ) from None
     except (ValueError, RecursionError):
         raise BadRow("invalid_json", "no JSON that can be read", line=line) from None
@@ -75,6 +111,9 @@ def _parse(content: bytes, line: int) -> dict[str, Any]:
 
 
 def kind_of(value: Any) -> str:
-    """What a JSON value is, in words for people."""
+    """What a value is, in words for people. JSON has the first five; Parquet has more."""
+    if value is None:
+        return "null"
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")
+    numbers = {int: "a number", float: "a number"}
+    return (names | numbers).get(type(value)) or f"a value of type {type(value).__name__}"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from shared.specs import Accelerator, Feature
+from shared.specs import Accelerator, DataFormat, Feature
 
 
 class Requirements(BaseModel):
@@ -40,6 +40,7 @@ class ResolvedInput(BaseModel):
 
     path: str
     size: int
+    format: DataFormat = "jsonl"
     rows: int | None = None
 
 

@@ -185,14 +185,23 @@ TASK_OPTIONS: dict[str, str] = {
 """Hyperparameters that one task alone has."""
 PACKED_LENGTH = 2048
 """Tokens of a block of packed texts at most, where ``max_length`` does not say."""
+DataFormat = Literal["jsonl", "csv", "tsv", "parquet", "text"]
+PLAIN_TEXT_TASKS: frozenset[str] = frozenset({"text-generation", "fill-mask"})
 
 
 class TrainData(Strict):
-    """JSONL, one object a line. A reference is `file_…` (uploaded) or a path."""
+    """JSONL (one object a line), CSV or TSV with a header line, Parquet, or lines of plain text. A
+    reference is `file_…` (uploaded) or a path."""
 
     train: str = Field(min_length=1, max_length=4096)
     validation: str | None = Field(None, min_length=1, max_length=4096)
     validation_split: float | None = Field(None, gt=0, lt=1)
+    format: Literal["auto"] | DataFormat = Field(
+        "auto",
+        description="auto: by the suffix of each file's name (.csv, .tsv, .parquet, .txt), else "
+        "JSONL. text, for text-generation and fill-mask: each line is a row. In CSV, lists (labels, "
+        "tokens, tags, messages) are JSON; tokens and tags may also be words with spaces between.",
+    )
     columns: Columns = Columns()
 
     @model_validator(mode="after")
@@ -410,6 +419,11 @@ class TrainSpec(_Job):
         if self.problem != "single-label" and self.task != "text-classification":
             raise ValueError(f"problem '{self.problem}' does not apply to task '{self.task}'")
         reads = TASK_COLUMNS[self.task]
+        if self.data.format == "text" and self.task not in PLAIN_TEXT_TASKS:
+            raise ValueError(
+                f"data.format 'text' does not apply to task '{self.task}', which reads the columns "
+                f"{', '.join(reads)}"
+            )
         for name, field in Columns.model_fields.items():
             # Not what is set: a spec that was stored has every field set.
             if name not in reads and getattr(self.data.columns, name) != field.default:

@@ -49,7 +49,9 @@ def submit(
     ] = None,
     model: Annotated[str | None, _what("Of the service, or job:<id>.", "--model", "-m")] = None,
     name: Annotated[str | None, _what("A label of your own.")] = None,
-    train: Annotated[str | None, _data("Labelled JSONL to train on.", metavar="FILE")] = None,
+    train: Annotated[
+        str | None, _data("What to train on: JSONL, CSV, TSV, Parquet or text.", metavar="FILE")
+    ] = None,
     validation: Annotated[str | None, _data("And to evaluate on.", metavar="FILE")] = None,
     validation_split: Annotated[float | None, _data("Or this share of the first.")] = None,
     input: Annotated[

@@ -1,6 +1,6 @@
 """The data a spec names: found, allowed, and looked through as far as submission can.
 
-Training data is read line by line, because a wrong line would end the job on its devices much
+Training data is read row by row, because a wrong line would end the job on its devices much
 later. The rows of a batch job are only counted and cut: a bad row is that row's error, not the
 job's.
 """
@@ -15,12 +15,13 @@ from scheduler.submission.paths import allowed_data_file, printable, readable_fi
 from shared import ids
 from shared.errors import DataError
 from shared.examples import read_examples
+from shared.formats import DataFile, format_of
 from shared.messages import Shard
 from shared.records import BadRow
 from shared.resolved import ResolvedInput
 from shared.rows import MAX_LINE_BYTES, cut_into_shards
 from shared.settings import Settings
-from shared.specs import InferSpec, TrainSpec
+from shared.specs import PLAIN_TEXT_TASKS, TASK_COLUMNS, InferSpec, TrainSpec
 from shared.store import Store, read
 
 _LINE_LIMIT = 8 * MAX_LINE_BYTES
@@ -38,10 +39,26 @@ class Inputs:
     shards: tuple[Shard, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A file that a spec names."""
+
+    path: Path
+    own_name: str
+    """As its user wrote it, whatever it is stored as."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return printable(self.own_name)
+
+
 @dataclass(slots=True)
 class _Scanned:
     """What a scan of training data found."""
 
+    file: DataFile
+    name: str
     rows: int = 0
     whole: bool = True
     """Not cut short by the scan limit."""
@@ -56,24 +73,24 @@ def resolve_training_data(store: Store, settings: Settings, spec: TrainSpec) -> 
     """The files of a training job, read through up to ``settings.max_scan_bytes`` each.
 
     Raises:
-        DataError: missing, unreadable, no rows, fewer than two labels, a row that the task cannot
-            read, a label that training lacks.
+        DataError: missing, unreadable, of a format that the task cannot read, no rows, fewer than
+            two labels, a row that the task cannot read, a label that training lacks.
         PathNotAllowed: outside the allowed folders.
     """
     limit = settings.max_scan_bytes
-    train_path, train_name = find_file(store, settings, spec.data.train, param="data.train")
-    train = _scan(train_path, train_name, spec, limit, param="data.train")
-    _check_training(train, train_name, spec)
-    files = {"train": _resolved(train_path, train)}
+    found = _find_file(store, settings, spec.data.train, param="data.train")
+    train = _scan(found, spec, limit, param="data.train")
+    _check_training(train, spec)
+    files = {"train": _resolved(train)}
     longest = train.longest if train.whole else None
     if spec.data.validation is not None:
         param = "data.validation"
-        path, name = find_file(store, settings, spec.data.validation, param=param)
-        found = _scan(path, name, spec, limit, param=param)
-        _check_validation(found, name, train)
-        files["validation"] = _resolved(path, found)
-        whole = longest is not None and found.whole
-        longest = max(train.longest, found.longest) if whole else None
+        found = _find_file(store, settings, spec.data.validation, param=param)
+        validation = _scan(found, spec, limit, param=param)
+        _check_validation(validation, train)
+        files["validation"] = _resolved(validation)
+        whole = longest is not None and validation.whole
+        longest = max(train.longest, validation.longest) if whole else None
     return Inputs(files, longest)
 
 
@@ -84,7 +101,8 @@ def resolve_rows(store: Store, settings: Settings, spec: InferSpec) -> Inputs:
         DataError: missing, unreadable, or without a row.
         PathNotAllowed: outside the allowed folders.
     """
-    path, name = find_file(store, settings, spec.input or "", param="input")
+    found = _find_file(store, settings, spec.input or "", param="input")
+    path, name = found.path, found.name
     longest = _longest_line(path)
     if longest > _LINE_LIMIT:
         raise DataError(
@@ -100,8 +118,8 @@ def resolve_rows(store: Store, settings: Settings, spec: InferSpec) -> Inputs:
     return Inputs({"input": ResolvedInput(path=str(path), size=size, rows=rows)}, longest, shards)
 
 
-def find_file(store: Store, settings: Settings, reference: str, *, param: str) -> tuple[Path, str]:
-    """(path, name for people) behind ``file_…`` or an absolute path.
+def _find_file(store: Store, settings: Settings, reference: str, *, param: str) -> _Found:
+    """The file behind ``file_…`` or an absolute path.
 
     Raises:
         DataError: there is no such file.
@@ -109,7 +127,7 @@ def find_file(store: Store, settings: Settings, reference: str, *, param: str) -
     """
     if not reference.startswith("file_"):
         path = allowed_data_file(settings, reference, param=param)
-        return path, printable(path.name)
+        return _Found(path, Path(reference).name)
     file = store.call(read.get_file, reference) if ids.is_id(reference, ids.FILE) else None
     if file is None:
         raise DataError(
@@ -118,24 +136,25 @@ def find_file(store: Store, settings: Settings, reference: str, *, param: str) -
             hint="Upload it first (`gpuyard files upload PATH`), or give an absolute path.",
         )
     path = readable_file(settings.data / file.path, shown=reference, param=param)
-    return path, printable(file.name)
+    return _Found(path, file.name)
 
 
-def _resolved(path: Path, found: _Scanned) -> ResolvedInput:
-    rows = found.rows if found.whole else None
-    return ResolvedInput(path=str(path), size=path.stat().st_size, rows=rows)
+def _resolved(found: _Scanned) -> ResolvedInput:
+    path, rows = found.file.path, found.rows if found.whole else None
+    size = path.stat().st_size
+    return ResolvedInput(path=str(path), size=size, format=found.file.format, rows=rows)
 
 
-def _check_training(train: _Scanned, name: str, spec: TrainSpec) -> None:
+def _check_training(train: _Scanned, spec: TrainSpec) -> None:
     if not train.rows:
-        raise DataError(f"'{name}' has no rows", param="data.train")
+        raise DataError(f"'{train.name}' has no rows", param="data.train")
     if not train.whole:
         return
     if spec.task == "embeddings" and train.rows < 2:
         raise DataError(
-            f"'{name}' has one pair: there is no other to tell it from", param="data.train"
+            f"'{train.name}' has one pair: there is no other to tell it from", param="data.train"
         )
-    _check_labels(train, name, spec)
+    _check_labels(train, spec)
     split = spec.data.validation_split
     # Split off label by label, as the training rank does.
     if split is not None and not any(
@@ -148,7 +167,7 @@ def _check_training(train: _Scanned, name: str, spec: TrainSpec) -> None:
         )
 
 
-def _check_labels(train: _Scanned, name: str, spec: TrainSpec) -> None:
+def _check_labels(train: _Scanned, spec: TrainSpec) -> None:
     least = _labels_needed(spec)
     if len(train.labels) >= least:
         return
@@ -156,13 +175,13 @@ def _check_labels(train: _Scanned, name: str, spec: TrainSpec) -> None:
     column = column or spec.data.columns.label
     if not train.labels:
         raise DataError(
-            f"'{name}' has no label in any row: there is nothing to learn",
+            f"'{train.name}' has no label in any row: there is nothing to learn",
             param="data.train",
             hint=f"Check that column '{column}' holds the labels.",
         )
     only = next(iter(train.labels))
     raise DataError(
-        f"'{name}' has only one label ('{printable(only, 60)}'): there is nothing to learn",
+        f"'{train.name}' has only one label ('{printable(only, 60)}'): there is nothing to learn",
         param="data.train",
         hint=f"Check that column '{column}' is the label.",
     )
@@ -184,23 +203,26 @@ def _strata(train: _Scanned, spec: TrainSpec) -> list[int]:
     return [train.rows]
 
 
-def _check_validation(found: _Scanned, name: str, train: _Scanned) -> None:
+def _check_validation(found: _Scanned, train: _Scanned) -> None:
     if not found.rows:
-        raise DataError(f"'{name}' has no rows", param="data.validation")
+        raise DataError(f"'{found.name}' has no rows", param="data.validation")
     unknown = [label for label in found.labels if label not in train.labels]
     if unknown and train.whole:
         raise DataError(
-            f"'{name}' line {found.labels[unknown[0]]}: label '{printable(unknown[0], 60)}' "
-            "does not occur in the training data",
+            f"'{found.name}' {found.file.unit} {found.labels[unknown[0]]}: label "
+            f"'{printable(unknown[0], 60)}' does not occur in the training data",
             param="data.validation",
             hint=f"{len(unknown)} label(s) are unknown to training: it could never predict them.",
         )
 
 
-def _scan(path: Path, name: str, spec: TrainSpec, limit: int, *, param: str) -> _Scanned:
-    found, seen, size = _Scanned(), 0, path.stat().st_size
+def _scan(file: _Found, spec: TrainSpec, limit: int, *, param: str) -> _Scanned:
+    found, seen = _Scanned(_as_read(file, spec, param=param), file.name), 0
     try:
-        for placed in read_examples(path, spec):
+        for placed in read_examples(found.file, spec):
+            if seen >= limit:
+                found.whole = False
+                break
             example = placed.example
             found.rows += 1
             found.longest = max(found.longest, example.size)
@@ -209,17 +231,29 @@ def _scan(path: Path, name: str, spec: TrainSpec, limit: int, *, param: str) -> 
             if spec.task == "text-classification":
                 found.counts[example.labels] += 1
             seen += placed.size
-            if seen >= limit:
-                found.whole = seen >= size
-                break
     except BadRow as problem:
-        where = f"'{name}' line {problem.line}" if problem.line else f"'{name}'"
+        place = f" {found.file.unit} {problem.line}" if problem.line else ""
         raise DataError(
-            f"{where}: {printable(problem.message, 400)}", param=param, hint=problem.hint
+            f"'{file.name}'{place}: {printable(problem.message, 400)}",
+            param=param,
+            hint=problem.hint,
         ) from None
     except OSError as error:
-        raise DataError(f"'{name}' cannot be read: {error.strerror}", param=param) from None
+        raise DataError(f"'{file.name}' cannot be read: {error.strerror}", param=param) from None
     return found
+
+
+def _as_read(file: _Found, spec: TrainSpec, *, param: str) -> DataFile:
+    """Raises DataError for plain text where the task needs columns."""
+    format = format_of(file.own_name) if spec.data.format == "auto" else spec.data.format
+    if format == "text" and spec.task not in PLAIN_TEXT_TASKS:
+        raise DataError(
+            f"'{file.name}' is plain text by its name, and task '{spec.task}' reads the columns "
+            f"{', '.join(TASK_COLUMNS[spec.task])}",
+            param=param,
+            hint="If it is JSONL or CSV all the same, say so with data.format.",
+        )
+    return DataFile(file.path, format)
 
 
 def _longest_line(path: Path) -> int:

@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shared.formats import DataFile, format_of
 from shared.messages import (
     CheckpointRef,
     CheckpointWritten,
@@ -102,12 +103,22 @@ class Gang:
     join: bool = True
     ranks: Sequence[int] | None = None
     """Which ranks to start; all of them by default."""
+    differing: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By rank: fields of its assignment that are not those of the others."""
 
     def __post_init__(self) -> None:
         self.reports: list[tuple[int, Report]] = []
         self.processes: dict[int, BaseProcess] = {}
         self._channels: dict[int, Channel[Any]] = {}
         self._sockets: dict[int, socket.socket] = {}
+
+    def own_memory(self, rank: int) -> int:
+        """Bytes of memory that are the rank's own, not of files that it has mapped; 0 once it is gone."""
+        try:
+            status = Path(f"/proc/{self.processes[rank].pid}/status").read_text()
+        except (OSError, KeyError):
+            return 0
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024 if "RssAnon:" in status else 0
 
     @property
     def log(self) -> Path:
@@ -126,7 +137,8 @@ class Gang:
             process.start()
             theirs.close()
             channel: Channel[Any] = Channel(ours, FromRank)
-            channel.send(self.assignment.model_copy(update={"rank": rank}))
+            own = self.differing.get(rank, {})
+            channel.send(self.assignment.model_copy(update={"rank": rank, **own}))
             self.processes[rank], self._channels[rank] = process, channel
             self._sockets[rank] = ours
 
@@ -258,6 +270,7 @@ def make_assignment(
     early_stopping: dict[str, Any] | None = None,
     resume_from: Iterable[CheckpointRef] = (),
     best_from: Iterable[CheckpointRef] = (),
+    cache: Path | None = None,
     **hyperparameters: Any,
 ) -> TrainAssignment:
     """An assignment as the worker would make it; options not named are hyperparameters."""
@@ -291,7 +304,10 @@ def make_assignment(
         spec=spec,
         model_path=str(model),
         train_path=str(train),
+        train_format=format_of(train.name),
         validation_path=None if validation is None else str(validation),
+        validation_format=format_of(validation.name) if validation else "jsonl",
+        cache_dir=None if cache is None else str(cache),
         work_dir=str(work_dir),
         resume_from=tuple(resume_from),
         best_from=tuple(best_from),
@@ -363,7 +379,7 @@ def make_from_scratch(folder: str, spec: TrainSpec, train: str) -> str:
     """The initial model of a spec, in a folder; SHA-256 of all that is in it."""
     from workers.ranks.train.scratch import make_model, make_tokenizer
 
-    tokenizer = make_tokenizer(spec, Path(train))
+    tokenizer = make_tokenizer(spec, DataFile(Path(train), "jsonl"))
     tokenizer.save_pretrained(folder)
     make_model(spec, tokenizer).save_pretrained(folder)
     sha = hashlib.sha256()

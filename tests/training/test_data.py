@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shared.formats import DataFile
 from shared.specs import Hyperparameters, TrainSpec
 from tests.training.harness import make_rows, write_rows
 from workers.ranks.loading import load_tokenizer
@@ -36,7 +37,7 @@ def spec(
 def opened(
     bert: Path, file: Path, *, columns: dict[str, str] | None = None, max_length: int | None = None
 ) -> Task:
-    return open_task(spec(columns=columns, max_length=max_length), bert, file)
+    return open_task(spec(columns=columns, max_length=max_length), bert, DataFile(file))
 
 
 def labelled(labels: list[int]) -> Examples:
@@ -58,7 +59,7 @@ def test_columns_blank_lines_and_numbers_as_labels(tmp_path: Path, bert: Path) -
     columns = {"text": "gloss", "label": "topic"}
     task = opened(bert, file, columns=columns)
     assert task.loaded.labels == ("2", "10")
-    data = task.read(file)
+    data = task.read(DataFile(file))
     assert data.dense["label"].tolist() == [1, 0]
     assert data.lengths.tolist() == [4, 5]
     batch = task.batch(data, [0, 1], seed=0)
@@ -66,7 +67,7 @@ def test_columns_blank_lines_and_numbers_as_labels(tmp_path: Path, bert: Path) -
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert batch.inputs["input_ids"][0].tolist()[-2:] == [3, 0]
     assert batch.tokens == 9
-    cut = opened(bert, file, columns=columns, max_length=4).read(file)
+    cut = opened(bert, file, columns=columns, max_length=4).read(DataFile(file))
     assert cut.lengths.tolist() == [4, 4]
     assert cut.cut.tolist() == [False, True]
 
@@ -74,7 +75,7 @@ def test_columns_blank_lines_and_numbers_as_labels(tmp_path: Path, bert: Path) -
 def test_labels_that_mix_text_and_numbers_are_sorted_as_text(tmp_path: Path) -> None:
     rows = [{"text": "a", "label": label} for label in (10, "9", 9, "x")]
     file = write_rows(tmp_path / "r.jsonl", rows)
-    assert find_labels(file, spec(), at_least=2) == ("10", "9", "x")
+    assert find_labels(DataFile(file), spec(), at_least=2) == ("10", "9", "x")
 
 
 @pytest.mark.parametrize(
@@ -92,14 +93,14 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: bytes, says: str) -> No
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"text": "a", "label": "b"}\n' + line + b"\n")
     with pytest.raises(DataProblem) as caught:
-        find_labels(file, spec(), at_least=2)
+        find_labels(DataFile(file), spec(), at_least=2)
     assert caught.value.message.startswith("rows.jsonl, line 2: ")
     assert says in caught.value.message
 
 
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataProblem, match=r"gone\.jsonl: cannot be read"):
-        find_labels(tmp_path / "gone.jsonl", spec(), at_least=2)
+        find_labels(DataFile(tmp_path / "gone.jsonl"), spec(), at_least=2)
 
 
 @given(
@@ -129,7 +130,7 @@ def test_many_rows_are_read_in_pieces(tmp_path: Path, bert: Path) -> None:
     rows = make_rows(2500, seed=5)
     file = write_rows(tmp_path / "rows.jsonl", rows)
     tokenizer = load_tokenizer(bert)
-    data = opened(bert, file).read(file)
+    data = opened(bert, file).read(DataFile(file))
     assert len(data) == 2500
     for index in (0, 1023, 1024, 2499):
         assert data[index]["tokens"].tolist() == tokenizer(rows[index]["text"])["input_ids"]

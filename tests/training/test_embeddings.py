@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModel, AutoTokenizer
 
+from shared.formats import DataFile
 from shared.messages import Metric
 from shared.specs import TrainSpec
 from tests.training.cases import pair_rows
@@ -32,7 +33,9 @@ CPU = Compute(torch.device("cpu"), "gloo", None)
 def opened(bert: Path, file: Path, **hyperparameters: Any) -> Task:
     options = {"dropout": 0.0, **hyperparameters}
     fields = {"task": "embeddings", "model": "m", "data": {"train": "x"}}
-    return open_task(TrainSpec.model_validate({**fields, "hyperparameters": options}), bert, file)
+    return open_task(
+        TrainSpec.model_validate({**fields, "hyperparameters": options}), bert, DataFile(file)
+    )
 
 
 def pairs(*rows: tuple[str, str]) -> list[dict[str, str]]:
@@ -69,7 +72,7 @@ def test_a_texts_other_is_found_and_was_not_before(trained: Gang, bert: Path) ->
     task = opened(bert, file)
     before = task.evaluate(
         task.loaded.model,
-        task.read(file),
+        task.read(DataFile(file)),
         batch_size=16,
         compute=CPU,
         gang=Ranks(0, 1, torch.device("cpu")),
@@ -121,7 +124,7 @@ def test_a_pair_is_no_negative_of_one_that_shares_a_text(bert: Path, tmp_path: P
     rows = pairs(("fish", "dog"), ("cat", "dog"), ("fish", "bird"), ("bread", "fish"), ("a", "of"))
     file = write_rows(tmp_path / "rows.jsonl", rows)
     task = opened(bert, file, contrastive_temperature=0.1)
-    examples = task.read(file)
+    examples = task.read(DataFile(file))
     batch = task.batch(examples, range(5), seed=0)
     assert batch.inputs["input_ids"].shape == (10, 3)
     same = batch.targets["same"]
@@ -150,7 +153,7 @@ def test_a_pair_is_no_negative_of_one_that_shares_a_text(bert: Path, tmp_path: P
 def test_a_pair_alone_teaches_nothing_and_breaks_nothing(bert: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", pairs(("fish", "dog"), ("fish", "dog")))
     task = opened(bert, file)
-    examples = task.read(file)
+    examples = task.read(DataFile(file))
     for indices in ([0], [0, 1]):
         task.loaded.model.zero_grad()
         loss = task.loss(task.loaded.model, task.batch(examples, indices, seed=0), CPU)
@@ -165,7 +168,7 @@ def test_the_model_is_called_once_a_batch(bert: Path, tmp_path: Path) -> None:
     task = opened(bert, file)
     calls: list[int] = []
     task.loaded.model.register_forward_hook(lambda *_: calls.append(1))
-    batch: Batch = task.batch(task.read(file), [0, 1], seed=0)
+    batch: Batch = task.batch(task.read(DataFile(file)), [0, 1], seed=0)
     task.loss(task.loaded.model, batch, CPU)
     assert calls == [1]
 
@@ -173,11 +176,11 @@ def test_the_model_is_called_once_a_batch(bert: Path, tmp_path: Path) -> None:
 def test_data_and_models_that_cannot_be_used(bert: Path, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", pairs(("fish", "dog")))
     with pytest.raises(DataProblem, match=r"rows\.jsonl: the file has one pair") as caught:
-        opened(bert, file).read(file)
+        opened(bert, file).read(DataFile(file))
     assert caught.value.code == "too_few_rows"
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "positive": " "}])
     with pytest.raises(DataProblem, match="line 1: column 'positive' is empty"):
-        opened(bert, file).read(file)
+        opened(bert, file).read(DataFile(file))
     (tmp_path / "none").mkdir()
     with pytest.raises(LoadError):
         opened(tmp_path / "none", file)
@@ -191,7 +194,9 @@ def test_a_large_pool_is_cut_and_always_to_the_same(
     task = opened(bert, file)
     alone = Ranks(0, 1, torch.device("cpu"))
     found = [
-        task.evaluate(task.loaded.model, task.read(file), batch_size=4, compute=CPU, gang=alone)
+        task.evaluate(
+            task.loaded.model, task.read(DataFile(file)), batch_size=4, compute=CPU, gang=alone
+        )
         for _ in range(2)
     ]
     assert found[0] == found[1]

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from shared.formats import DataFile
 from shared.specs import TrainSpec
 from tests.training.cases import CASES, Case
 from tests.training.harness import Gang, make_assignment, write_rows
@@ -101,8 +102,8 @@ def read(
     model: Path, rows: list[dict[str, Any]], folder: Path, **hyperparameters: Any
 ) -> tuple[Task, Examples]:
     file = write_rows(folder / "rows.jsonl", rows)
-    task = open_task(spec("text-generation", **hyperparameters), model, file)
-    return task, task.read(file)
+    task = open_task(spec("text-generation", **hyperparameters), model, DataFile(file))
+    return task, task.read(DataFile(file))
 
 
 def learned_texts(task: Task, examples: Examples, index: int) -> list[str]:
@@ -197,8 +198,10 @@ PREDICTING = [case for case in CASES if case.task in ("text-generation", "fill-m
 @pytest.mark.parametrize("case", PREDICTING, ids=lambda case: case.name)
 def test_an_examples_weight_is_what_its_batch_predicts(case: Case, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", case.rows(20, 3))
-    task = open_task(spec(case.task, **case.hyperparameters), case.model(tmp_path / "model"), file)
-    examples = task.read(file)
+    task = open_task(
+        spec(case.task, **case.hyperparameters), case.model(tmp_path / "model"), DataFile(file)
+    )
+    examples = task.read(DataFile(file))
     for index in range(len(examples)):
         labels = task.batch(examples, [index], seed=5).targets["labels"]
         assert int((labels != IGNORED).sum()) == examples.weights[index] > 0
@@ -237,8 +240,8 @@ def test_an_example_with_nothing_to_predict_has_a_loss_of_0_and_gradients(
     """What the loss depends on is found out with the shortest example, which may be such a one."""
     model = gpt2 if task_name == "text-generation" else masked_bert
     file = write_rows(tmp_path / "rows.jsonl", [{"text": ""}, {"text": "the old town"}])
-    task = open_task(spec(task_name, label_smoothing=0.1), model, file)
-    examples = task.read(file)
+    task = open_task(spec(task_name, label_smoothing=0.1), model, DataFile(file))
+    examples = task.read(DataFile(file))
     assert examples.weights[0] == 0
     batch = task.batch(examples, [0], seed=0)
     assert set_aside_unused(task, task.loaded.model, batch, CPU) == 0
@@ -359,7 +362,7 @@ def test_packing_takes_texts_alone_and_needs_an_end_of_text(
 @cache
 def _fill_mask(folder: Path, share: float) -> FillMask:
     file = write_rows(folder.parent / "one.jsonl", [{"text": "the"}])
-    task = open_task(spec("fill-mask", mask_probability=share), folder, file)
+    task = open_task(spec("fill-mask", mask_probability=share), folder, DataFile(file))
     assert isinstance(task, FillMask)
     return task
 
@@ -430,13 +433,13 @@ def test_an_encoder_without_a_head_gets_a_new_one_from_the_seed(
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "the old town"}])
 
     def head(seed: int) -> torch.Tensor:
-        task = open_task(spec("fill-mask", seed=seed), bare, file)
+        task = open_task(spec("fill-mask", seed=seed), bare, DataFile(file))
         assert task.loaded.head == "a new masked-language-model head"
         return task.loaded.model.get_parameter("cls.predictions.transform.dense.weight")
 
     assert torch.equal(head(1), head(1))
     assert not torch.equal(head(1), head(2))
-    own = open_task(spec("fill-mask"), masked_bert, file).loaded
+    own = open_task(spec("fill-mask"), masked_bert, DataFile(file)).loaded
     assert own.head == "its own masked-language-model head"
     kept = AutoModelForMaskedLM.from_pretrained(masked_bert).state_dict()
     assert torch.equal(own.model.state_dict()["cls.predictions.bias"], kept["cls.predictions.bias"])
@@ -447,8 +450,8 @@ def test_what_fill_mask_cannot_use(
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [{"text": "somewhere"}, {"text": ""}])
     with pytest.raises(LoadError, match="has no mask token"):
-        open_task(spec("fill-mask"), bert, file)
+        open_task(spec("fill-mask"), bert, DataFile(file))
     with pytest.raises(LoadError, match="of type 'gpt2' cannot fill masks"):
-        open_task(spec("fill-mask"), gpt2, file)
+        open_task(spec("fill-mask"), gpt2, DataFile(file))
     with pytest.raises(DataProblem, match="no row has a token that can be masked"):
-        open_task(spec("fill-mask"), masked_bert, file).read(file)
+        open_task(spec("fill-mask"), masked_bert, DataFile(file)).read(DataFile(file))

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoModel, AutoTokenizer
 
 from scheduler.submission.scratch import shape_of
+from shared.formats import DataFile
 from shared.specs import Architecture, TrainSpec
 from tests.training.cases import make_rows
 from tests.training.harness import in_another_process, make_from_scratch, write_rows
@@ -62,7 +63,7 @@ def test_it_is_a_function_of_data_and_spec(tmp_path: Path, train: Path, type: st
 @pytest.mark.parametrize("type", sorted(TASKS))
 def test_the_footprint_counts_its_parameters(train: Path, type: str) -> None:
     wanted = spec(type, hidden=64, layers=3)
-    model = make_model(wanted, make_tokenizer(wanted, train))
+    model = make_model(wanted, make_tokenizer(wanted, DataFile(train, "jsonl")))
     counted = shape_of(wanted.architecture or Architecture(type="bert")).parameters
     real = sum(p.numel() for p in model.parameters())
     # The vocabulary of small data is smaller than the spec allows.
@@ -70,6 +71,6 @@ def test_the_footprint_counts_its_parameters(train: Path, type: str) -> None:
 
 
 def test_byte_level_tokenizers_know_every_text(train: Path) -> None:
-    tokenizer = make_tokenizer(spec("gpt2"), train)
+    tokenizer = make_tokenizer(spec("gpt2"), DataFile(train, "jsonl"))
     for text in ("naïve 日本 🎈", "\t\n  x", "Ünïcödé"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from shared.formats import DataFile
 from tests.training.cases import answer_rows, summary_rows
 from tests.training.harness import Gang as Ranks
 from tests.training.harness import make_assignment, make_bart, make_t5, write_rows
@@ -44,7 +45,7 @@ def bart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(model: Path, file: Path, task: str = "text2text", **fields: Any) -> Task:
-    return open_task(spec(task, **fields), model, file)
+    return open_task(spec(task, **fields), model, DataFile(file))
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_batch_of_pairs(t5: Path, bart: Path, file: Path) -> None:
     task = opened(t5, file)
-    data = task.read(file)
+    data = task.read(DataFile(file))
     assert data.lengths.tolist() == [4 + 4, 2 + 2]
     assert data.weights.tolist() == [4, 2]
     assert not data.cut.any()
@@ -72,7 +73,7 @@ def test_a_batch_of_pairs(t5: Path, bart: Path, file: Path) -> None:
     assert batch.tokens == 12
     other = opened(bart, file)
     started = [[1, soup, 1, 0], [1, fish, is_, animal]]
-    batch = other.batch(other.read(file), [1, 0], seed=0)
+    batch = other.batch(other.read(DataFile(file)), [1, 0], seed=0)
     assert batch.inputs["decoder_input_ids"].tolist() == started
 
 
@@ -87,7 +88,9 @@ def test_a_model_that_does_not_shift_is_shifted_for(bart: Path, file: Path) -> N
 def test_both_sides_are_cut(tmp_path: Path, make: Maker, file: Path) -> None:
     task = opened(make(tmp_path / "m"), file, max_length=4)
     long = {"text": "the old fish and the dog", "target": "is in the very old town"}
-    data = task.read(write_rows(tmp_path / "long.jsonl", [long, {**long, "text": "soup"}, *ROWS]))
+    data = task.read(
+        DataFile(write_rows(tmp_path / "long.jsonl", [long, {**long, "text": "soup"}, *ROWS]))
+    )
     assert data.lengths.tolist() == [8, 6, 8, 4]
     assert data.cut.tolist() == [True, True, False, False]
     assert data[0]["target_tokens"].tolist()[-1] == 1, "what is cut still ends"
@@ -121,7 +124,7 @@ def test_a_bad_row_is_named_by_its_line(
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [*ROWS, row])
     with pytest.raises(DataProblem) as caught:
-        opened(t5, file).read(file)
+        opened(t5, file).read(DataFile(file))
     assert caught.value.code == code
     assert caught.value.message.startswith("rows.jsonl, line 3: ")
     assert says in caught.value.message
@@ -154,7 +157,7 @@ def test_the_loss_is_the_models_own_summed_over_tokens(
 ) -> None:
     task = opened(make(tmp_path / "m"), file)
     model = task.loaded.model.eval()
-    batch = task.batch(task.read(file), [0, 1], seed=0)
+    batch = task.batch(task.read(DataFile(file)), [0, 1], seed=0)
     with torch.inference_mode():
         ours = task.loss(model, batch, CPU)
         theirs = model(
@@ -194,7 +197,7 @@ def test_what_is_written_is_the_likeliest_word_by_word(tmp_path: Path, make: Mak
     wishes |= {"num_beams": 4, "min_length": 10, "no_repeat_ngram_size": 1, "length_penalty": 2.0}
     (folder / "generation_config.json").write_text(json.dumps(wishes))
     task = opened(folder, file)
-    model, data = task.loaded.model, task.read(file)
+    model, data = task.loaded.model, task.read(DataFile(file))
     found = task.evaluate(model, data, batch_size=4, compute=CPU, gang=ALONE)
     assert model.training, "left as it was found"
     assert found.values["generated_examples"] == 9
@@ -223,7 +226,7 @@ def test_ranks_share_the_writing(tmp_path: Path, t5: Path) -> None:
     rows = answer_rows(GENERATED + 3, 5)
     file = write_rows(tmp_path / "rows.jsonl", rows)
     task = opened(t5, file)
-    data = task.read(file)
+    data = task.read(DataFile(file))
 
     def judged(gang: Gang) -> Any:
         return task.evaluate(task.loaded.model, data, batch_size=64, compute=CPU, gang=gang)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from seqeval.metrics import f1_score
 from transformers import AutoTokenizer, EsmTokenizer, PreTrainedTokenizerFast, RobertaTokenizer
 
+from shared.formats import DataFile
 from tests.training.cases import entity_rows, part_of_speech_rows
 from tests.training.harness import Gang, make_assignment, write_rows
 from tests.training.test_data import spec
@@ -34,7 +35,7 @@ ROWS = [
 
 
 def tagger(bert: Path, file: Path, **fields: Any) -> Task:
-    return open_task(spec("token-classification", **fields), bert, file)
+    return open_task(spec("token-classification", **fields), bert, DataFile(file))
 
 
 def rows(folder: Path, content: Sequence[dict[str, Any]], name: str = "rows.jsonl") -> Path:
@@ -81,7 +82,7 @@ def test_the_first_token_of_a_word_carries_its_tag(tmp_path: Path, bert: Path) -
     content = [*ROWS, {"tokens": ["the", "fish-dog", "is"], "tags": ["O", "B-PET", "O"]}]
     task = tagger(bert, rows(tmp_path, content))
     assert task.loaded.labels == ("O", "B-PET", "B-PLACE", "I-PET")
-    data = task.read(tmp_path / "rows.jsonl")
+    data = task.read(DataFile(tmp_path / "rows.jsonl"))
     assert data[0]["labels"].tolist() == [IGNORED, 0, 1, 3, 3, IGNORED]
     assert data[2]["labels"].tolist() == [IGNORED, 0, 1, IGNORED, IGNORED, 0, IGNORED]
     assert data.lengths.tolist() == [6, 4, 7]
@@ -94,7 +95,7 @@ def test_the_first_token_of_a_word_carries_its_tag(tmp_path: Path, bert: Path) -
 
 def test_words_that_are_cut_away_count_for_nothing(tmp_path: Path, bert: Path) -> None:
     task = tagger(bert, rows(tmp_path, ROWS), max_length=4)
-    data = task.read(tmp_path / "rows.jsonl")
+    data = task.read(DataFile(tmp_path / "rows.jsonl"))
     assert data.lengths.tolist() == [4, 4]
     assert data.cut.tolist() == [True, False]
     assert data[0]["labels"].tolist() == [IGNORED, 0, 1, IGNORED]
@@ -169,7 +170,7 @@ def test_a_tag_that_training_lacks_is_named_by_its_line(tmp_path: Path, bert: Pa
     task = tagger(bert, rows(tmp_path, ROWS))
     other = rows(tmp_path, [*ROWS, {"tokens": ["a"], "tags": ["B-FOOD"]}], "other.jsonl")
     with pytest.raises(DataProblem) as caught:
-        task.read(other)
+        task.read(DataFile(other))
     assert caught.value.code == "unknown_label"
     assert caught.value.message.startswith("other.jsonl, line 3: label 'B-FOOD' does not occur")
 
@@ -222,7 +223,7 @@ def test_the_loss_is_a_mean_over_words_however_the_batch_is_cut(tmp_path: Path, 
 def test_the_loss_is_summed_over_the_words(tmp_path: Path, bert: Path, smoothing: float) -> None:
     task = tagger(bert, rows(tmp_path, ROWS), label_smoothing=smoothing)
     task.loaded.model.eval()
-    data = task.read(tmp_path / "rows.jsonl")
+    data = task.read(DataFile(tmp_path / "rows.jsonl"))
     batch = task.batch(data, [0, 1], seed=0)
     compute = Compute(torch.device("cpu"), "gloo", None)
     loss = task.loss(task.loaded.model, batch, compute).detach()
@@ -241,7 +242,7 @@ def test_the_loss_is_summed_over_the_words(tmp_path: Path, bert: Path, smoothing
 def test_the_measures_are_those_of_the_field(tmp_path: Path, bert: Path, make: Any) -> None:
     """An untrained model's guesses, scored in batches, against seqeval and a plain count."""
     task = tagger(bert, rows(tmp_path, make(40, 3)))
-    model, data = task.loaded.model.eval(), task.read(tmp_path / "rows.jsonl")
+    model, data = task.loaded.model.eval(), task.read(DataFile(tmp_path / "rows.jsonl"))
     sums = np.zeros(task.sums)
     truth, guess = [], []
     for start in range(0, 40, 16):

@@ -103,6 +103,14 @@ def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
     assert len(kept) == 2
     assert all((fleet.data / checkpoint.path).is_dir() for checkpoint in kept)
     assert weights(fleet, killed) == weights(fleet, undisturbed)
+    # Three attempts of two ranks, two files: tokenised by the first rank of all.
+    first, *later = [
+        log.read_text()
+        for attempt in (undisturbed, killed)
+        for log in sorted((fleet.data / "jobs" / attempt).glob("attempts/*/rank0.*.log"))
+    ]
+    assert first.count("tokenised into the token cache") == 2
+    assert [log.count("from the token cache") for log in later] == [2, 2]
 
     metrics = fleet.store.call(read.list_metrics, killed, "validation")
     claimed = metrics[-1].values["accuracy"]

@@ -124,7 +124,7 @@ def _prefer_the_cause(said: Failed, inbox: Inbox) -> Outcome:
 def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> TrainAssignment:
     resolved = Resolved.model_validate(claimed.resolved)
     data = site.settings.data
-    inputs = {name: str(data / entry.path) for name, entry in resolved.inputs.items()}
+    train, validation = resolved.inputs["train"], resolved.inputs.get("validation")
     return TrainAssignment(
         job_id=claimed.holder.job_id,
         attempt_id=claimed.holder.attempt_id,
@@ -135,12 +135,22 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         device=site.device.handle,
         spec=TrainSpec.model_validate(claimed.spec),
         model_path=resolved.model.path,
-        train_path=inputs["train"],
-        validation_path=inputs.get("validation"),
+        train_path=str(data / train.path),
+        train_format=train.format,
+        validation_path=str(data / validation.path) if validation else None,
+        validation_format=validation.format if validation else "jsonl",
         work_dir=str(folder.path),
+        cache_dir=str(_cache(data)),
         resume_from=tuple(_reference(each, data) for each in claimed.checkpoints),
         best_from=tuple(_reference(each, data) for each in claimed.best),
     )
+
+
+def _cache(data: Path) -> Path:
+    folder = data / "cache"
+    with contextlib.suppress(OSError):  # the rank does without, and says so
+        folder.mkdir(exist_ok=True)
+    return folder
 
 
 def _reference(checkpoint: CommittedCheckpoint, data: Path) -> CheckpointRef:

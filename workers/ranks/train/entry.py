@@ -25,8 +25,8 @@ from workers.ranks.train.loop import Trainer, best_model
 from workers.ranks.train.optimizer import make_optimizer
 from workers.ranks.train.order import BatchPlan, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
+from workers.ranks.train.reading import read_data, training_file
 from workers.ranks.train.reports import RankChannel, Reporter
-from workers.ranks.train.rows import split
 from workers.ranks.train.schedule import Schedule, make_schedule
 from workers.ranks.train.scratch import begin_from_scratch
 from workers.ranks.train.state import (
@@ -77,8 +77,8 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     model_path = Path(assignment.model_path)
     if spec.architecture is not None:
         model_path = begin_from_scratch(assignment, gang, reporter)
-    task = open_task(spec, model_path, Path(assignment.train_path))
-    training, validation = _read(assignment, task)
+    task = open_task(spec, model_path, training_file(assignment))
+    training, validation = read_data(assignment, task, gang, reporter)
     plan, schedule = _plan(assignment, len(training))
     model = task.loaded.model
     _require_fitting_tokenizer(task, training, validation)
@@ -136,17 +136,6 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         }
         _deliver(assignment, task, plan, position, evaluation, summary, compute, adapter, reporter)
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
-
-
-def _read(assignment: TrainAssignment, task: Task) -> tuple[Examples, Examples | None]:
-    """Training and validation data: from a file of its own, split off, or none."""
-    data, seed = assignment.spec.data, assignment.spec.hyperparameters.seed
-    training = task.read(Path(assignment.train_path))
-    if assignment.validation_path is not None:
-        return training, task.read(Path(assignment.validation_path))
-    if data.validation_split is not None:
-        return split(training, data.validation_split, seed, by=task.split_by)
-    return training, None
 
 
 def _add_lora(task: Task, spec: TrainSpec) -> Adapter:

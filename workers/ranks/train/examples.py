@@ -1,4 +1,7 @@
-"""Tokenised examples, kept flat: a token costs 4 bytes, an example some 40 more. Texts are not kept."""
+"""Tokenised examples, kept flat: a token costs 4 bytes, an example some 40 more. Texts are not kept.
+
+The arrays are in memory, or mapped from files (``columns.py``).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,12 +42,18 @@ class Batch:
 
 
 class Ragged:
-    """Lists of integers of any length, end to end in one array."""
+    """Lists of integers of any length, in one array: list ``i`` ends at ``ends[i]`` and begins where
+    the one before ended, or at ``starts[i]``, where these are some lists of many."""
 
-    def __init__(self, values: NDArray[np.int32], ends: NDArray[np.int64]) -> None:
+    def __init__(
+        self,
+        values: NDArray[np.int32],
+        ends: NDArray[np.int64],
+        starts: NDArray[np.int64] | None = None,
+    ) -> None:
         self.values = values
         self.ends = ends
-        self._starts = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
+        self.starts = starts
 
     @staticmethod
     def of(lists: Iterable[Sequence[int]]) -> Ragged:
@@ -56,19 +67,17 @@ class Ragged:
         return len(self.ends)
 
     def __getitem__(self, index: int) -> NDArray[np.int32]:
-        part: NDArray[np.int32] = self.values[self._starts[index] : self.ends[index]]
+        part: NDArray[np.int32] = self.values[self._start(index) : self.ends[index]]
         return part
 
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        lengths: NDArray[np.int32] = (self.ends - self._starts).astype(np.int32)
-        return lengths
-
     def take(self, indices: Indices) -> Ragged:
-        """A copy of some lists, in the order given."""
-        parts = [self[int(i)] for i in indices]
-        values = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        return Ragged(values, np.cumsum([len(part) for part in parts], dtype=np.int64))
+        """Some lists, in the order given. The values are not copied: they may be more than memory."""
+        return Ragged(self.values, self.ends[indices], self._start(indices))
+
+    def _start(self, index: int | Indices) -> Any:
+        if self.starts is not None:
+            return self.starts[index]
+        return self.ends[index - 1] * (np.asarray(index) > 0)
 
     def padded(self, indices: Indices | Sequence[int], filler: int) -> NDArray[np.int64]:
         """[indices, longest of them], the rest ``filler``."""
@@ -89,6 +98,7 @@ class Examples(Dataset[dict[str, NDArray[np.int32]]]):
         weights: What an example counts for in the loss, which is a mean over the sum of them: 1, or
             the tokens that are to be predicted.
         cut: Whether the example was cut to the model's maximum.
+        folder: Where the columns are mapped from.
     """
 
     def __init__(
@@ -99,12 +109,17 @@ class Examples(Dataset[dict[str, NDArray[np.int32]]]):
         lengths: NDArray[np.int32],
         weights: NDArray[np.int64],
         cut: NDArray[np.bool_],
+        folder: Path | None = None,
     ) -> None:
         self.ragged = dict(ragged)
         self.dense = dict(dense)
         self.lengths = lengths
         self.weights = weights
         self.cut = cut
+        self.folder = folder
+        self.held: object = None
+        """What must not be let go of while the examples are used."""
+        self._digest: str | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -114,18 +129,24 @@ class Examples(Dataset[dict[str, NDArray[np.int32]]]):
         return {name: column[index] for name, column in self.ragged.items()}
 
     def subset(self, indices: Indices) -> Examples:
-        """A copy of some examples, in the order given."""
-        return Examples(
+        """Some examples, in the order given. Their lists stay where they are."""
+        part = Examples(
             {name: column.take(indices) for name, column in self.ragged.items()},
             {name: column[indices] for name, column in self.dense.items()},
             lengths=self.lengths[indices],
             weights=self.weights[indices],
             cut=self.cut[indices],
         )
+        part.held = self.held
+        # Which of what: no need to read all of it again.
+        chosen = hashlib.sha256(self.digest().encode())
+        chosen.update(np.ascontiguousarray(indices, np.int64).data)
+        part._digest = chosen.hexdigest()
+        return part
 
     @property
     def largest_token(self) -> int:
-        """Of the lists that hold token ids."""
+        """Of the lists that hold token ids; of all of them also where these are some of many."""
         return max(
             (int(c.values.max(initial=0)) for n, c in self.ragged.items() if n in TOKEN_COLUMNS),
             default=0,
@@ -133,15 +154,17 @@ class Examples(Dataset[dict[str, NDArray[np.int32]]]):
 
     def digest(self) -> str:
         """SHA-256 over all that training reads: equal for data that train alike."""
-        sha = hashlib.sha256()
-        for name in sorted(self.ragged):
-            sha.update(name.encode())
-            sha.update(self.ragged[name].values.tobytes())
-            sha.update(self.ragged[name].ends.tobytes())
-        for name in sorted(self.dense):
-            sha.update(name.encode())
-            sha.update(self.dense[name].tobytes())
-        return sha.hexdigest()
+        if self._digest is None:
+            sha = hashlib.sha256()
+            for name in sorted(self.ragged):
+                sha.update(name.encode())
+                sha.update(np.ascontiguousarray(self.ragged[name].values).data)
+                sha.update(np.ascontiguousarray(self.ragged[name].ends).data)
+            for name in sorted(self.dense):
+                sha.update(name.encode())
+                sha.update(np.ascontiguousarray(self.dense[name]).data)
+            self._digest = sha.hexdigest()
+        return self._digest
 
 
 TOKEN_COLUMNS = frozenset({"tokens", "target_tokens", "other_tokens"})

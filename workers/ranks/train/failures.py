@@ -26,7 +26,7 @@ class TrainingFailed(Exception):
 
 
 class DataProblem(TrainingFailed):
-    """The data cannot be used as they are; ``line`` counts from 1."""
+    """The data cannot be used as they are; ``line`` counts from 1, in ``unit``."""
 
     def __init__(
         self,
@@ -35,9 +35,10 @@ class DataProblem(TrainingFailed):
         *,
         name: str | None = None,
         line: int | None = None,
+        unit: str = "line",
         hint: str | None = None,
     ) -> None:
-        place = "" if name is None else f"{name}: " if line is None else f"{name}, line {line}: "
+        place = "" if name is None else f"{name}: " if line is None else f"{name}, {unit} {line}: "
         super().__init__(FailureClass.DATA_ERROR, code, f"{place}{message}", hint)
 
 

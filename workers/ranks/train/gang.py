@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -60,6 +60,12 @@ class Gang:
             self.store.set(key, json.dumps(value))
             return value
         return json.loads(self.store.get(key))
+
+    def wait_for(self, key: str, meanwhile: Callable[[], object]) -> None:
+        """Until rank 0 has shared ``key``, however long that takes; ``meanwhile`` is called again and
+        again, and waits a little. A rank 0 that is gone ends it with an error, as its store is."""
+        while self.store is not None and not self.store.check([key]):
+            meanwhile()
 
     def spread(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite the tensors of every rank with those of rank 0, wherever they lie: an optimizer

@@ -7,6 +7,7 @@ and the whole model with the adapter merged into its weights.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -58,7 +59,10 @@ def add_lora(model: PreTrainedModel, wanted: Lora, *, seed: int, train_head: boo
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "lora"))
         try:
-            return Adapter(PeftModel(model, config))
+            with warnings.catch_warnings():
+                # PEFT asks Transformers by a name that the newest one deprecates.
+                warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`")
+                return Adapter(PeftModel(model, config))
         except ValueError as error:
             raise _no_targets(model, wanted, error) from error
 

@@ -2,68 +2,81 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from shared.examples import Placed, read_examples
+from shared.formats import DataFile
 from shared.records import BadRow
 from shared.specs import TrainSpec
-from workers.ranks.train.examples import Examples, Ragged
+from workers.ranks.train.columns import Collector
+from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import DataProblem
 from workers.ranks.train.order import derive
 
+__all__ = [
+    "Collector",
+    "class_of",
+    "find_labels",
+    "read_chunks",
+    "read_rows",
+    "split",
+    "tokenise",
+]
+
 _TOKENISED_TOGETHER = 1024
+_BYTES_TOGETHER = 4 * 1024 * 1024
+"""Of the file: what is tokenised together takes some ten times as much memory."""
 _SHOWN_LABELS = 8
 
 
-def read_rows(path: Path, spec: TrainSpec) -> Iterator[Placed]:
+def read_rows(file: DataFile, spec: TrainSpec) -> Iterator[Placed]:
     """The examples of a file.
 
     Raises:
         DataProblem: the file cannot be read, or a row is malformed: names its line.
     """
     try:
-        yield from read_examples(path, spec)
+        yield from read_examples(file, spec)
     except BadRow as problem:
         raise DataProblem(
             problem.code,
             problem.message,
-            name=path.name,
+            name=file.name,
             line=problem.line or None,
+            unit=file.unit,
             hint=problem.hint,
         ) from None
     except OSError as error:
         raise DataProblem(
-            "data_unreadable", f"cannot be read: {error.strerror}", name=path.name
+            "data_unreadable", f"cannot be read: {error.strerror}", name=file.name
         ) from error
 
 
-def read_chunks(path: Path, spec: TrainSpec) -> Iterator[list[Placed]]:
+def read_chunks(file: DataFile, spec: TrainSpec) -> Iterator[list[Placed]]:
     """The same, many at a time.
 
     Raises:
         DataProblem: as ``read_rows``, and where there is no row.
     """
     chunk: list[Placed] = []
-    none = True
-    for row in read_rows(path, spec):
+    none, size = True, 0
+    for row in read_rows(file, spec):
         chunk.append(row)
-        none = False
-        if len(chunk) == _TOKENISED_TOGETHER:
+        none, size = False, size + row.size
+        if len(chunk) == _TOKENISED_TOGETHER or size >= _BYTES_TOGETHER:
             yield chunk
-            chunk = []
+            chunk, size = [], 0
     if none:
-        raise DataProblem("no_rows", "the file has no rows", name=path.name)
+        raise DataProblem("no_rows", "the file has no rows", name=file.name)
     if chunk:
         yield chunk
 
 
-def find_labels(path: Path, spec: TrainSpec, *, at_least: int) -> tuple[str, ...]:
+def find_labels(file: DataFile, spec: TrainSpec, *, at_least: int) -> tuple[str, ...]:
     """The label or tag names of a training file, sorted: as numbers where all are whole numbers.
 
     Raises:
@@ -71,24 +84,24 @@ def find_labels(path: Path, spec: TrainSpec, *, at_least: int) -> tuple[str, ...
     """
     numeric: dict[str, bool] = {}
     rows = 0
-    for placed in read_rows(path, spec):
+    for placed in read_rows(file, spec):
         rows += 1
         number = bool(getattr(placed.example, "number", False))
         for label in placed.example.labels:
             numeric[label] = number and numeric.get(label, True)
     if not rows:
-        raise DataProblem("no_rows", "the file has no rows", name=path.name)
+        raise DataProblem("no_rows", "the file has no rows", name=file.name)
     if len(numeric) < at_least:
         what = (
             f"all rows have the label '{next(iter(numeric))}'" if numeric else "no row has a label"
         )
-        raise DataProblem("one_label", f"{what}: there is nothing to tell apart", name=path.name)
+        raise DataProblem("one_label", f"{what}: there is nothing to tell apart", name=file.name)
     if all(numeric.values()):
         return tuple(sorted(numeric, key=int))
     return tuple(sorted(numeric))
 
 
-def class_of(label: str, classes: Mapping[str, int], path: Path, line: int) -> int:
+def class_of(label: str, classes: Mapping[str, int], file: DataFile, line: int) -> int:
     """The index of a label.
 
     Raises:
@@ -100,8 +113,9 @@ def class_of(label: str, classes: Mapping[str, int], path: Path, line: int) -> i
             "unknown_label",
             f"label '{label}' does not occur in the training data, which has "
             f"{_listed(list(classes))}",
-            name=path.name,
+            name=file.name,
             line=line,
+            unit=file.unit,
             hint="Correct the label, or add examples of it to the training data.",
         )
     return index
@@ -129,48 +143,6 @@ def tokenise(
             "input_ids"
         ]
     return ids, cut
-
-
-class Collector:
-    """Gathers examples one by one into ``Examples``."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, array[int]] = {}
-        self._ends: dict[str, array[int]] = {}
-        self._dense: dict[str, array[float]] = {}
-        self._lengths, self._weights, self._cut = array("i"), array("q"), array("b")
-
-    def add(
-        self,
-        lists: Mapping[str, Sequence[int]],
-        *,
-        length: int,
-        weight: int = 1,
-        cut: bool = False,
-        numbers: Mapping[str, float] | None = None,
-    ) -> None:
-        """One example: its lists of integers, and one number for each further column."""
-        for name, items in lists.items():
-            values = self._values.setdefault(name, array("i"))
-            values.extend(items)
-            self._ends.setdefault(name, array("q")).append(len(values))
-        for name, number in (numbers or {}).items():
-            self._dense.setdefault(name, array("d")).append(number)
-        self._lengths.append(length)
-        self._weights.append(weight)
-        self._cut.append(cut)
-
-    def done(self) -> Examples:
-        return Examples(
-            {
-                name: Ragged(np.array(values, np.int32), np.array(self._ends[name], np.int64))
-                for name, values in self._values.items()
-            },
-            {name: np.array(numbers, np.float64) for name, numbers in self._dense.items()},
-            lengths=np.array(self._lengths, np.int32),
-            weights=np.array(self._weights, np.int64),
-            cut=np.array(self._cut, np.bool_),
-        )
 
 
 def split(

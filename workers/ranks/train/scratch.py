@@ -39,12 +39,14 @@ from transformers import (
 )
 
 from shared.examples import Chat, Completion, Example, Pair, Passage, Tagged
+from shared.formats import DataFile
 from shared.messages import TrainAssignment
 from shared.specs import Architecture, TrainSpec
 from workers.ranks.checkpoint import place
 from workers.ranks.loading import quiet
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import derive
+from workers.ranks.train.reading import training_file
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.rows import read_rows
 
@@ -69,7 +71,7 @@ def begin_from_scratch(assignment: TrainAssignment, gang: Gang, reporter: Report
     assert spec.architecture is not None  # noqa: S101  the caller looks
     folder = work / f"new-{spec.architecture.type}"
     if gang.rank == 0:
-        tokenizer = make_tokenizer(spec, Path(assignment.train_path))
+        tokenizer = make_tokenizer(spec, training_file(assignment))
         model = make_model(spec, tokenizer)
         aside = work / f"{_ASIDE}{folder.name}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -85,7 +87,7 @@ def begin_from_scratch(assignment: TrainAssignment, gang: Gang, reporter: Report
     return folder
 
 
-def make_tokenizer(spec: TrainSpec, train: Path) -> PreTrainedTokenizerFast:
+def make_tokenizer(spec: TrainSpec, train: DataFile) -> PreTrainedTokenizerFast:
     """WordPiece in lower case for BERT, byte-level BPE for the others (no text is unknown to it).
 
     Raises:
@@ -113,7 +115,7 @@ def make_model(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast) -> PreTraine
                 return _t5(spec.architecture, tokenizer)
 
 
-def _texts(spec: TrainSpec, train: Path) -> Iterator[str]:
+def _texts(spec: TrainSpec, train: DataFile) -> Iterator[str]:
     for placed in read_rows(train, spec):
         yield from _texts_of(placed.example)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from shared.formats import DataFile
 from shared.specs import TrainSpec
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Batch, Examples
@@ -26,6 +27,54 @@ from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import Indices, derive
 
 Sums = NDArray[np.float64]
+NOT_READ: dict[str, Any] = {
+    **dict.fromkeys(
+        (
+            "kind",
+            "name",
+            "model",
+            "resources",
+            "priority",
+            "retry",
+            "timeout_seconds",
+            "fail_fast",
+            "method",
+            "lora",
+            "architecture",
+            "checkpoint",
+            "early_stopping",
+            "publish",
+        ),
+        True,
+    ),
+    "data": {"train", "validation", "validation_split", "format"},
+    "hyperparameters": {
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "micro_batch_size",
+        "optimizer",
+        "learning_rate",
+        "weight_decay",
+        "momentum",
+        "l1",
+        "betas",
+        "eps",
+        "warmup_ratio",
+        "warmup_steps",
+        "schedule",
+        "max_grad_norm",
+        "label_smoothing",
+        "dropout",
+        "freeze",
+        "max_length",  # the task's own limit counts, which it is part of
+        "precision",
+        "seed",
+        "eval_every_steps",
+        "contrastive_temperature",
+    },
+}
+"""Fields of a spec that say nothing about how a row becomes an example."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +120,7 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:
+    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:
         """Load the model for what the training data asks of it. New parts are a function of the seed
         alone, so all ranks make the same.
 
@@ -80,12 +129,26 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def read(self, path: Path) -> Examples:
+    def read(self, file: DataFile) -> Examples:
         """Read and tokenise a file; what is longer than ``loaded.max_length`` is cut.
 
         Raises:
             DataProblem: the file cannot be read, a row is malformed, or there is none.
         """
+
+    def cache_key(self) -> dict[str, Any]:
+        """What decides, beside file and tokenizer, about what ``read`` makes: data that two tasks
+        read under equal keys are taken for equal. A task whose ``read`` looks at more extends it.
+
+        Of the spec counts all but what is known not to: an option that is new only costs a reading.
+        """
+        spec = self.spec.model_dump(mode="json", exclude=NOT_READ)
+        return {
+            "class": type(self).__name__,
+            "max_length": self.loaded.max_length,
+            "labels": list(self.loaded.labels),
+            "spec": spec,
+        }
 
     @abstractmethod
     def batch(self, examples: Examples, indices: Indices | Sequence[int], seed: int) -> Batch:

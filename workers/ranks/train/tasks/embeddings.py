@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from shared.examples import Pair
+from shared.formats import DataFile
 from shared.specs import TrainSpec
 from workers.ranks.loading import load_encoder
 from workers.ranks.train.device import Compute
@@ -46,17 +47,17 @@ class Embeddings(Task):
     best = "recall_at_1"
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:  # noqa: ARG003
+    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
         options = spec.hyperparameters
         model = load_encoder(model_path, dtype=torch.float32, dropout=options.dropout)
         tokenizer = tokenizer_with_pad(model_path)
         limit = text_limit(model, tokenizer, options)
         return cls(Loaded(model, tokenizer, limit, "the mean of its token vectors"), spec)
 
-    def read(self, path: Path) -> Examples:
+    def read(self, file: DataFile) -> Examples:
         collected = Collector()
         rows = 0
-        for chunk in read_chunks(path, self.spec):
+        for chunk in read_chunks(file, self.spec):
             pairs = [placed.example for placed in chunk if isinstance(placed.example, Pair)]
             rows += len(pairs)
             tokenizer, limit = self.loaded.tokenizer, self.loaded.max_length
@@ -72,7 +73,7 @@ class Embeddings(Task):
             raise DataProblem(
                 "too_few_rows",
                 "the file has one pair: there is no other to tell it from",
-                name=path.name,
+                name=file.name,
                 hint="Give more pairs.",
             )
         return collected.done()

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from shared.formats import DataFile
 from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError, load_masked_lm
 from workers.ranks.train.examples import IGNORED, Batch, Examples, pad_tokens
@@ -45,7 +46,7 @@ class FillMask(TokenPrediction):
         self.ordinary = known[known < rows]
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:  # noqa: ARG003
+    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
         options = spec.hyperparameters
         model, head = _load(spec, model_path)
         tokenizer = tokenizer_with_pad(model_path)
@@ -57,9 +58,9 @@ class FillMask(TokenPrediction):
             )
         return cls(Loaded(model, tokenizer, text_limit(model, tokenizer, options), head), spec)
 
-    def read(self, path: Path) -> Examples:
+    def read(self, file: DataFile) -> Examples:
         collected = Collector()
-        for chunk in read_chunks(path, self.spec):
+        for chunk in read_chunks(file, self.spec):
             texts = [placed.example.text for placed in chunk]  # type: ignore[union-attr]
             ids, cut = tokenise(self.loaded.tokenizer, texts, self.loaded.max_length)
             for tokens, was_cut in zip(ids, cut, strict=True):
@@ -73,7 +74,7 @@ class FillMask(TokenPrediction):
         examples = collected.done()
         if not examples.weights.any():
             raise DataProblem(
-                "nothing_to_learn", "no row has a token that can be masked", name=path.name
+                "nothing_to_learn", "no row has a token that can be masked", name=file.name
             )
         return examples
 

@@ -19,6 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel
 
 from shared.examples import Pair
+from shared.formats import DataFile
 from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError, load_seq2seq
 from workers.ranks.train.device import Compute
@@ -52,7 +53,7 @@ class Text2Text(Task):
         self._target_limit = min(loaded.max_length, limit or loaded.max_length)
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:  # noqa: ARG003
+    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
         options = spec.hyperparameters
         model = load_seq2seq(model_path, dtype=torch.float32, dropout=options.dropout)
         _require_start(model, model_path)
@@ -66,10 +67,10 @@ class Text2Text(Task):
         )
         return cls(loaded, spec)
 
-    def read(self, path: Path) -> Examples:
+    def read(self, file: DataFile) -> Examples:
         tokenizer, limit = self.loaded.tokenizer, self.loaded.max_length
         collected = Collector()
-        for chunk in read_chunks(path, self.spec):
+        for chunk in read_chunks(file, self.spec):
             pairs: list[Pair] = [placed.example for placed in chunk]  # type: ignore[misc]
             sources, source_cut = tokenise(tokenizer, [pair.text for pair in pairs], limit)
             targets, target_cut = tokenise(
@@ -83,6 +84,9 @@ class Text2Text(Task):
                     cut=any(cut),
                 )
         return collected.done()
+
+    def cache_key(self) -> dict[str, Any]:
+        return {**super().cache_key(), "target_limit": self._target_limit}
 
     def batch(self, examples: Examples, indices: Indices | Sequence[int], seed: int) -> Batch:  # noqa: ARG002
         inputs, read = pad_tokens(examples.ragged["tokens"], indices, self.pad)

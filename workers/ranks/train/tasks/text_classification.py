@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from shared.examples import Labelled, Scored
+from shared.formats import DataFile
 from shared.specs import TrainSpec
 from workers.ranks.loading import Problem, load_sequence_classifier
 from workers.ranks.train.device import Compute
@@ -26,14 +27,14 @@ SCORE = "score"
 """The name of a regression's one output."""
 
 
-def open_text_classification(spec: TrainSpec, model_path: Path, train_path: Path) -> Task:
+def open_text_classification(spec: TrainSpec, model_path: Path, train: DataFile) -> Task:
     """The kind of classification that ``spec.problem`` names."""
     kinds: dict[str, type[Task]] = {
         "single-label": SingleLabel,
         "multi-label": MultiLabel,
         "regression": Regression,
     }
-    return kinds[spec.problem].open(spec, model_path, train_path)
+    return kinds[spec.problem].open(spec, model_path, train)
 
 
 class _Classification(Task):
@@ -44,20 +45,20 @@ class _Classification(Task):
         logits: torch.Tensor = answer.logits.float()
         return logits
 
-    def read(self, path: Path) -> Examples:
+    def read(self, file: DataFile) -> Examples:
         collected = Collector()
-        for chunk in read_chunks(path, self.spec):
+        for chunk in read_chunks(file, self.spec):
             texts = [placed.example.text for placed in chunk]  # type: ignore[union-attr]
             ids, cut = tokenise(self.loaded.tokenizer, texts, self.loaded.max_length)
             for placed, tokens, was_cut in zip(chunk, ids, cut, strict=True):
-                lists, numbers = self.target(placed.example, path, placed.line)
+                lists, numbers = self.target(placed.example, file, placed.line)
                 collected.add(
                     {"tokens": tokens, **lists}, length=len(tokens), cut=was_cut, numbers=numbers
                 )
         return collected.done()
 
     def target(
-        self, example: Any, path: Path, line: int
+        self, example: Any, file: DataFile, line: int
     ) -> tuple[dict[str, list[int]], dict[str, float]]:
         """What the example's label is kept as: lists of integers, and numbers."""
         raise NotImplementedError
@@ -92,16 +93,16 @@ class SingleLabel(_Classification):
     split_by = "label"
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:
-        labels = order_labels(find_labels(train_path, spec, at_least=2), model_path)
+    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:
+        labels = order_labels(find_labels(train, spec, at_least=2), model_path)
         what = f"classification head for {len(labels)} labels"
         return cls(cls.load(spec, model_path, labels, "single_label_classification", what), spec)
 
     def target(
-        self, example: Labelled, path: Path, line: int
+        self, example: Labelled, file: DataFile, line: int
     ) -> tuple[dict[str, list[int]], dict[str, float]]:
         classes = {name: index for index, name in enumerate(self.loaded.labels)}
-        return {}, {"label": class_of(example.labels[0], classes, path, line)}
+        return {}, {"label": class_of(example.labels[0], classes, file, line)}
 
     def batch(self, examples: Examples, indices: Indices | Sequence[int], seed: int) -> Batch:  # noqa: ARG002
         inputs, tokens = pad_tokens(examples.ragged["tokens"], indices, self.pad)
@@ -145,16 +146,16 @@ class MultiLabel(_Classification):
     best = "micro_f1"
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:
-        labels = order_labels(find_labels(train_path, spec, at_least=1), model_path)
+    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:
+        labels = order_labels(find_labels(train, spec, at_least=1), model_path)
         what = f"multi-label classification head for {len(labels)} labels"
         return cls(cls.load(spec, model_path, labels, "multi_label_classification", what), spec)
 
     def target(
-        self, example: Labelled, path: Path, line: int
+        self, example: Labelled, file: DataFile, line: int
     ) -> tuple[dict[str, list[int]], dict[str, float]]:
         classes = {name: index for index, name in enumerate(self.loaded.labels)}
-        return {"labels": [class_of(name, classes, path, line) for name in example.labels]}, {}
+        return {"labels": [class_of(name, classes, file, line) for name in example.labels]}, {}
 
     def batch(self, examples: Examples, indices: Indices | Sequence[int], seed: int) -> Batch:  # noqa: ARG002
         inputs, tokens = pad_tokens(examples.ragged["tokens"], indices, self.pad)
@@ -202,13 +203,13 @@ class Regression(_Classification):
     best = "pearson"
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:  # noqa: ARG003
+    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
         return cls(cls.load(spec, model_path, (SCORE,), "regression", "regression head"), spec)
 
     def target(
         self,
         example: Scored,
-        path: Path,  # noqa: ARG002
+        file: DataFile,  # noqa: ARG002
         line: int,  # noqa: ARG002
     ) -> tuple[dict[str, list[int]], dict[str, float]]:
         return {}, {"value": example.value}

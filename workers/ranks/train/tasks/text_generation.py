@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from shared.examples import Chat, Completion, Passage, Placed
+from shared.formats import DataFile
 from shared.lifecycle import FailureClass
 from shared.records import BadRow
 from shared.specs import PACKED_LENGTH, TrainSpec
@@ -44,7 +45,7 @@ class TextGeneration(TokenPrediction):
     call: ClassVar[dict[str, Any]] = {"use_cache": False}
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:  # noqa: ARG003
+    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
         options = spec.hyperparameters
         model = load_causal_lm(model_path, torch.float32, dropout=options.dropout)
         tokenizer = load_tokenizer(model_path)
@@ -56,21 +57,21 @@ class TextGeneration(TokenPrediction):
             head += f", texts packed into blocks of {limit} tokens"
         return cls(Loaded(model, tokenizer, limit, head), spec)
 
-    def read(self, path: Path) -> Examples:
+    def read(self, file: DataFile) -> Examples:
         collected = Collector()
         if self.spec.hyperparameters.packing:
-            for block in self._blocks(path):
+            for block in self._blocks(file):
                 _add(collected, Encoded(block, np.ones(len(block), np.bool_)), len(block))
         else:
-            for chunk in read_chunks(path, self.spec):
-                for encoded in self._encode(chunk, path):
+            for chunk in read_chunks(file, self.spec):
+                for encoded in self._encode(chunk, file):
                     _add(collected, encoded, self.loaded.max_length)
         examples = collected.done()
         if not examples.weights.any():
             raise DataProblem(
                 "nothing_to_learn",
                 f"no row has anything to learn within {self.loaded.max_length} tokens",
-                name=path.name,
+                name=file.name,
                 hint="Give a larger hyperparameters.max_length, or longer texts.",
             )
         return examples
@@ -86,7 +87,7 @@ class TextGeneration(TokenPrediction):
                 labels[row, first - 1 : end - 1] = ids[row, first:end]
         return Batch(inputs, {"labels": torch.from_numpy(labels)}, tokens)
 
-    def _encode(self, chunk: Sequence[Placed], path: Path) -> Iterator[Encoded]:
+    def _encode(self, chunk: Sequence[Placed], file: DataFile) -> Iterator[Encoded]:
         """The examples of a chunk, in their order. All but chats are tokenised together."""
         texts: dict[int, str] = {}
         spans: dict[int, list[tuple[int, int]]] = {}
@@ -102,7 +103,7 @@ class TextGeneration(TokenPrediction):
         done |= zip(texts, map(self._closed, whole), strict=True)
         for number, placed in enumerate(chunk):
             if isinstance(placed.example, Chat):
-                yield self._chat(placed.example, path, placed.line)
+                yield self._chat(placed.example, file, placed.line)
             else:
                 yield done[number]
 
@@ -124,13 +125,13 @@ class TextGeneration(TokenPrediction):
         # A model takes no text of no tokens.
         return encoded if tokens else Encoded([self.pad], np.zeros(1, np.bool_))
 
-    def _chat(self, chat: Chat, path: Path, line: int) -> Encoded:
+    def _chat(self, chat: Chat, file: DataFile, line: int) -> Encoded:
         tokenizer = self.loaded.tokenizer
         if not tokenizer.chat_template:
             raise TrainingFailed(
                 FailureClass.USER_ERROR,
                 "no_chat_template",
-                f"{path.name}, line {line} is a chat, and the model's tokenizer has no chat template",
+                f"{file.name}, {file.unit} {line} is a chat, and the model's tokenizer has no chat template",
                 "Choose a chat model, set tokenizer.chat_template and save it beside the model, or "
                 f"give columns '{self.spec.data.columns.prompt}' and "
                 f"'{self.spec.data.columns.completion}'.",
@@ -139,14 +140,14 @@ class TextGeneration(TokenPrediction):
             return encode_chat(tokenizer, chat)
         except BadRow as problem:
             raise DataProblem(
-                problem.code, problem.message, name=path.name, line=line, hint=problem.hint
+                problem.code, problem.message, name=file.name, line=line, hint=problem.hint
             ) from None
 
-    def _blocks(self, path: Path) -> Iterator[list[int]]:
+    def _blocks(self, file: DataFile) -> Iterator[list[int]]:
         """The passages of a file one after another, in their order, cut into blocks. What is left at
         the end is a shorter block, if it has a token to predict."""
         size, stream = self.loaded.max_length, list[int]()
-        for chunk in read_chunks(path, self.spec):
+        for chunk in read_chunks(file, self.spec):
             for encoded in self._passages([placed.example for placed in chunk]):
                 stream += encoded.tokens
             whole = len(stream) // size * size

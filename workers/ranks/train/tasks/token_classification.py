@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
+from shared.formats import DataFile
 from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError, load_token_classifier, load_tokenizer
 from workers.ranks.train.device import Compute
@@ -39,9 +40,9 @@ class TokenClassification(Task):
         self.best = "f1" if self.kinds else "accuracy"
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train_path: Path) -> Self:
+    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:
         options = spec.hyperparameters
-        tags = outside_first(find_labels(train_path, spec, at_least=2))
+        tags = outside_first(find_labels(train, spec, at_least=2))
         labels = order_labels(tags, model_path)
         classifier = load_token_classifier(
             model_path, labels=labels, dropout=options.dropout, seed=derive(options.seed, "head")
@@ -57,14 +58,14 @@ class TokenClassification(Task):
         )
         return cls(loaded, spec)
 
-    def read(self, path: Path) -> Examples:
+    def read(self, file: DataFile) -> Examples:
         classes = {name: index for index, name in enumerate(self.loaded.labels)}
         collected = Collector()
-        for chunk in read_chunks(path, self.spec):
+        for chunk in read_chunks(file, self.spec):
             texts = [placed.example.words for placed in chunk]  # type: ignore[union-attr]
             tokenised = tokenise_words(self.loaded.tokenizer, texts, self.loaded.max_length)
             for placed, (tokens, words, cut) in zip(chunk, tokenised, strict=True):
-                tags = [class_of(tag, classes, path, placed.line) for tag in placed.example.labels]
+                tags = [class_of(tag, classes, file, placed.line) for tag in placed.example.labels]
                 labels = align(words, tags)
                 collected.add(
                     {"tokens": tokens, "labels": labels},
