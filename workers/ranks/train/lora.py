@@ -31,7 +31,10 @@ class Adapter:
         for config in self._peft_model.peft_config.values():
             # Else it would carry the path of a folder of this machine.
             config.base_model_name_or_path = base
-        self._peft_model.save_pretrained(str(folder), safe_serialization=True)
+        # Left to choose, it asks the hub whether the base has another vocabulary.
+        self._peft_model.save_pretrained(
+            str(folder), safe_serialization=True, save_embedding_layers=False
+        )
 
     def merge(self) -> PreTrainedModel:
         """The model with the adapter in its weights, and no trace of PEFT. The adapter is gone then."""
