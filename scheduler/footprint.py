@@ -109,6 +109,12 @@ def _optimizer_bytes(shape: ModelShape, optimizer: str, trainable: int) -> int:
     return kept
 
 
+def teaching_bytes(teacher: ModelShape) -> int:
+    """What a teacher takes beside its student: its weights. Its activations are of one layer at a
+    time, less than what the student's backward keeps."""
+    return FP32 * teacher.parameters
+
+
 def lora_elements(shape: ModelShape, spec: TrainSpec) -> int:
     """Elements of the matrices that method 'lora' trains; 0 for others.
 

@@ -86,6 +86,7 @@ class TrainAssignment(Message):
     spec: TrainSpec
     model_path: str
     """Empty for a model from scratch (``spec.architecture``)."""
+    teacher_path: str | None = None
     train_path: str
     train_format: DataFormat = "jsonl"
     validation_path: str | None

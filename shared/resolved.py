@@ -48,6 +48,7 @@ class Resolved(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     model: ResolvedModel
+    teacher: ResolvedModel | None = None
     requirements: Requirements
     inputs: dict[str, ResolvedInput]
     """``train`` and ``validation``, or ``input``."""

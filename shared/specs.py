@@ -300,6 +300,25 @@ class Hyperparameters(Strict):
         return self
 
 
+class Distilling(Strict):
+    """How much a student listens to its teacher."""
+
+    temperature: float = Field(2.0, gt=0, le=100, description="Softens what both think.")
+    alpha: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Share of the teacher's part of the loss; the rest is the truth's.",
+    )
+
+
+TEACHABLE: frozenset[str] = frozenset(
+    {"text-classification", "token-classification", "text2text", "summarization"}
+    | {"text-generation", "fill-mask"}
+)
+"""Tasks whose model chooses one of a fixed set of answers."""
+
+
 class Lora(Strict):
     """Low-rank adaptation: small matrices are trained beside frozen weights."""
 
@@ -347,12 +366,19 @@ class TrainSpec(_Job):
     problem: Problem = Field(
         "single-label", description="text-classification: one label a text, any number, or a score."
     )
-    method: Literal["full", "lora", "pretrain"] = Field(
+    method: Literal["full", "lora", "pretrain", "distillation"] = Field(
         "full",
         description="full: all weights; lora: small matrices beside them; pretrain: `architecture` in "
-        "place of `model`, from random weights.",
+        "place of `model`, from random weights; distillation: full, and taught by `teacher`.",
     )
     lora: Lora | None = None
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1024,
+        description="distillation: a model as `model` names one.",
+    )
+    distillation: Distilling | None = None
     model: str | None = Field(
         None, min_length=1, max_length=1024, description=MODEL, examples=_MODELS
     )
@@ -398,6 +424,27 @@ class TrainSpec(_Job):
         if self.hyperparameters.freeze:
             raise ValueError("freeze keeps weights as they are, and those of pretrain are random")
         return self
+
+    @model_validator(mode="after")
+    def _has_a_teacher_if_any(self) -> Self:
+        if self.method != "distillation":
+            if self.teacher is not None or self.distillation is not None:
+                what = "teacher" if self.teacher is not None else "distillation"
+                raise ValueError(f"{what} is for method 'distillation': set it, or drop {what}")
+            return self
+        if self.teacher is None:
+            raise ValueError(
+                "method 'distillation' needs a teacher: name a model that does the task"
+            )
+        if self.task not in TEACHABLE or self.problem != "single-label":
+            what = self.problem if self.problem != "single-label" else self.task
+            raise ValueError(f"method 'distillation' does not apply to {what}")
+        return self
+
+    @property
+    def teaching(self) -> Distilling:
+        """The options of method 'distillation'."""
+        return self.distillation or Distilling()
 
     @property
     def adaptation(self) -> Lora:

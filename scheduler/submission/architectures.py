@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from shared.specs import InferSpec, TrainSpec
-
 _ENCODERS = """
     albert bert big_bird camembert convbert data2vec-text deberta deberta-v2
     distilbert electra ernie esm eurobert flaubert fnet ibert layoutlm longformer
@@ -25,22 +23,19 @@ SEQ2SEQ_TYPES = frozenset(_SEQ2SEQ.split())
 _ENCODER_HINT = "For instance bert, distilbert, roberta, electra, mpnet or modernbert."
 
 
-def why_unsuitable(
-    config: Mapping[str, Any], spec: TrainSpec | InferSpec
-) -> tuple[str, str] | None:
-    """None where the model can do the task; else what it is and cannot, and what to do.
+def why_unsuitable(config: Mapping[str, Any], task: str, *, trains: bool) -> tuple[str, str] | None:
+    """None where the model can do the task, or be trained for it; else what it is, and what to do.
 
     The first reads on from "model 'x' is": ``BertModel: it has no trained classification head``.
     """
     made_as = [str(a) for a in config.get("architectures") or ()]
     kind = str(config.get("model_type") or "")
     what = made_as[0] if made_as else kind or "an unknown architecture"
-    trains = spec.kind == "train"
 
     def has_head(*heads: str) -> bool:
         return any(a.endswith(heads) for a in made_as)
 
-    match spec.task:
+    match task:
         case "text-generation":
             causal = has_head("ForCausalLM", "LMHeadModel")
             # BERT and kin carry `is_decoder: false` and see the future under such a head, too.
@@ -76,9 +71,9 @@ def why_unsuitable(
     if has_head(head):
         return None
     if not trains:
-        return _untrained(what, of, spec.task)
+        return _untrained(what, of, task)
     if kind not in ENCODERS:
-        return f"{what}: {spec.task} needs a BERT-type encoder", _ENCODER_HINT
+        return f"{what}: {task} needs a BERT-type encoder", _ENCODER_HINT
     return None
 
 

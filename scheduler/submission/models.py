@@ -20,7 +20,7 @@ from scheduler.submission.paths import inside, printable, resolved
 from scheduler.submission.scratch import shape_of
 from scheduler.submission.weights import read_tensors
 from shared import ids
-from shared.errors import ModelNotFound, PathNotAllowed, UnsupportedModel
+from shared.errors import InvalidRequest, ModelNotFound, PathNotAllowed, UnsupportedModel
 from shared.lifecycle import JobState
 from shared.resolved import ResolvedModel
 from shared.settings import Settings
@@ -62,17 +62,45 @@ def resolve_model(store: Store, settings: Settings, spec: TrainSpec | InferSpec)
         shape, label = shape_of(spec.architecture), f"new-{spec.architecture.type}"
         made = ResolvedModel(source="scratch", path="", label=label, parameters=shape.parameters)
         return FoundModel(made, shape)
-    name = spec.model or ""
+    wanted = _Wanted(spec.model or "", spec.task, trains=spec.kind == "train")
+    return _resolve(store, settings, wanted)
+
+
+def resolve_teacher(store: Store, settings: Settings, spec: TrainSpec) -> FoundModel | None:
+    """The model that teaches, if one does. It has to do the task already.
+
+    Raises:
+        ModelNotFound, PathNotAllowed, UnsupportedModel: as ``resolve_model``; ``param`` is teacher.
+    """
+    if spec.teacher is None:
+        return None
+    try:
+        return _resolve(store, settings, _Wanted(spec.teacher, spec.task, trains=False))
+    except InvalidRequest as error:
+        error.param = "teacher"
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    name: str
+    task: str
+    trains: bool
+    """It may still lack the task's head."""
+
+
+def _resolve(store: Store, settings: Settings, wanted: _Wanted) -> FoundModel:
+    name = wanted.name
     if name.startswith("job:"):
         folder, label = _model_of_job(store, settings, name.removeprefix("job:"))
-        return _inspect(folder, label, "job", spec)
+        return _inspect(folder, label, "job", wanted)
     if reference := _PUBLISHED.fullmatch(name):
         model = _published(store, *reference.groups())
         folder, _ = _model_of_job(store, settings, model.job_id)
-        return _inspect(folder, f"{model.name}@{model.version}", "job", spec)
+        return _inspect(folder, f"{model.name}@{model.version}", "job", wanted)
     found = _find_folder(settings, name)
     if found is not None:
-        return _inspect(found, found.name, "folder", spec)
+        return _inspect(found, found.name, "folder", wanted)
     if _HUB_ID.fullmatch(name) and settings.hub:
         label = name.rpartition("/")[2]
         return FoundModel(ResolvedModel(source="hub", path=name, label=label), None)
@@ -173,10 +201,10 @@ def _job_and_artifacts(session: Any, job_id: str) -> tuple[Job | None, Sequence[
     return read.get_job(session, job_id), read.list_artifacts(session, job_id)
 
 
-def _inspect(folder: Path, label: str, source: Any, spec: TrainSpec | InferSpec) -> FoundModel:
-    name = spec.model or ""
+def _inspect(folder: Path, label: str, source: Any, wanted: _Wanted) -> FoundModel:
+    name = wanted.name
     config = _read_config(folder, name)
-    _check_task(config, spec)
+    _check_task(config, wanted)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UnsupportedModel(
             f"model '{printable(name)}' has no tokenizer files",
@@ -210,10 +238,11 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def _check_task(config: dict[str, Any], spec: TrainSpec | InferSpec) -> None:
-    if (problem := why_unsuitable(config, spec)) is not None:
+def _check_task(config: dict[str, Any], wanted: _Wanted) -> None:
+    problem = why_unsuitable(config, wanted.task, trains=wanted.trains)
+    if problem is not None:
         what, hint = problem
-        message = f"model '{printable(spec.model or '')}' is {what}"
+        message = f"model '{printable(wanted.name)}' is {what}"
         raise UnsupportedModel(message, param="model", hint=hint)
 
 

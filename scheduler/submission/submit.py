@@ -11,7 +11,7 @@ from sqlmodel import Session, func, select
 
 from scheduler.submission.data import Inputs, resolve_rows, resolve_training_data
 from scheduler.submission.inline import rows_to_file, write_once
-from scheduler.submission.models import FoundModel, resolve_model
+from scheduler.submission.models import FoundModel, resolve_model, resolve_teacher
 from scheduler.submission.requirements import refuse_impossible, requirements
 from shared.errors import InvalidRequest, InvalidSpec
 from shared.messages import Shard
@@ -94,16 +94,22 @@ def resolve(
     if key not in known.models:
         known.models[key] = resolve_model(store, settings, spec)
     model = known.models[key]
+    teacher = resolve_teacher(store, settings, spec) if isinstance(spec, TrainSpec) else None
     if content is not None and isinstance(spec, InferSpec):
         write_once(Path(spec.input or ""), content)
     key = spec.model_dump_json(include={"kind", "task", "problem", "data", "input", "shard_rows"})
     if key not in known.inputs:
         known.inputs[key] = _resolve_inputs(store, settings, spec)
     inputs = known.inputs[key]
-    needs = requirements(spec, model.shape, inputs.longest_text)
+    needs = requirements(spec, model.shape, inputs.longest_text, teacher.shape if teacher else None)
     fleet = store.call(_fleet, settings.device_timeout)
     refuse_impossible(spec, needs, fleet)
-    found = Resolved(model=model.resolved, requirements=needs, inputs=inputs.files)
+    found = Resolved(
+        model=model.resolved,
+        teacher=teacher.resolved if teacher else None,
+        requirements=needs,
+        inputs=inputs.files,
+    )
     return found, inputs.shards
 
 

@@ -271,6 +271,7 @@ def make_assignment(
     resume_from: Iterable[CheckpointRef] = (),
     best_from: Iterable[CheckpointRef] = (),
     cache: Path | None = None,
+    teacher: Path | None = None,
     **hyperparameters: Any,
 ) -> TrainAssignment:
     """An assignment as the worker would make it; options not named are hyperparameters."""
@@ -303,6 +304,7 @@ def make_assignment(
         device=DeviceHandle(id="cpu0@test", kind="cpu", memory_bytes=1 << 30, threads=1),
         spec=spec,
         model_path=str(model),
+        teacher_path=None if teacher is None else str(teacher),
         train_path=str(train),
         train_format=format_of(train.name),
         validation_path=None if validation is None else str(validation),

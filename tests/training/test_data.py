@@ -111,7 +111,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_a_split_is_a_stratified_partition(labels: list[int], fraction: float, seed: int) -> None:
     data = labelled(labels)
     try:
-        training, validation = split(data, fraction, seed, by="label")
+        training, validation = map(data.subset, split(data, fraction, seed, by="label"))
     except DataProblem as problem:
         assert problem.code == "split_empty"
         assert all(round(labels.count(n) * fraction) == 0 or labels.count(n) == 1 for n in labels)
@@ -122,7 +122,7 @@ def test_a_split_is_a_stratified_partition(labels: list[int], fraction: float, s
     for label in set(labels):
         held_out = validation.dense["label"].tolist().count(label)
         assert held_out == min(round(labels.count(label) * fraction), labels.count(label) - 1)
-    again = split(data, fraction, seed, by="label")[1]
+    again = data.subset(split(data, fraction, seed, by="label")[1])
     assert again.digest() == validation.digest()
 
 

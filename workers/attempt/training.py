@@ -135,6 +135,7 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         device=site.device.handle,
         spec=TrainSpec.model_validate(claimed.spec),
         model_path=resolved.model.path,
+        teacher_path=resolved.teacher.path if resolved.teacher else None,
         train_path=str(data / train.path),
         train_format=train.format,
         validation_path=str(data / validation.path) if validation else None,

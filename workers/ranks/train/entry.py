@@ -17,13 +17,14 @@ from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError
 from workers.ranks.train.deliver import deliver
 from workers.ranks.train.device import Compute, open_device
+from workers.ranks.train.distillation import distil
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
 from workers.ranks.train.freezing import freeze
 from workers.ranks.train.gang import join
 from workers.ranks.train.loop import Trainer, best_model
 from workers.ranks.train.optimizer import make_optimizer
-from workers.ranks.train.order import BatchPlan, plan_batches
+from workers.ranks.train.order import BatchPlan, Indices, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
 from workers.ranks.train.reading import read_data, training_file
 from workers.ranks.train.reports import RankChannel, Reporter
@@ -38,7 +39,7 @@ from workers.ranks.train.state import (
 )
 from workers.ranks.train.stopping import best_of
 from workers.ranks.train.tasks import Task, open_task
-from workers.ranks.train.tasks.base import Evaluation
+from workers.ranks.train.tasks.base import Evaluation, Objective
 
 if TYPE_CHECKING:
     from workers.ranks.train.lora import Adapter
@@ -78,7 +79,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     if spec.architecture is not None:
         model_path = begin_from_scratch(assignment, gang, reporter)
     task = open_task(spec, model_path, training_file(assignment))
-    training, validation = read_data(assignment, task, gang, reporter)
+    training, validation, rows = read_data(assignment, task, gang, reporter)
     plan, schedule = _plan(assignment, len(training))
     model = task.loaded.model
     _require_fitting_tokenizer(task, training, validation)
@@ -88,7 +89,9 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     if spec.method == "lora":
         adapter = _add_lora(task, spec)
     frozen = freeze(model, options.freeze)
-    unused = set_aside_unused(task, model, warm_up_batch(task, training, plan, compute), compute)
+    objective = _objective(assignment, task, rows, compute, reporter)
+    warm_up = warm_up_batch(objective, training, plan, compute)
+    unused = set_aside_unused(objective, model, warm_up, compute)
     optimizer = make_optimizer(model, options)
     own = fingerprint(spec, training.digest(), model)
     require_agreement(gang, own)
@@ -107,6 +110,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     trainer = Trainer(
         spec=spec,
         task=task,
+        objective=objective,
         model=model,
         optimizer=optimizer,
         schedule=schedule,
@@ -136,6 +140,23 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         }
         _deliver(assignment, task, plan, position, evaluation, summary, compute, adapter, reporter)
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
+
+
+def _objective(
+    assignment: TrainAssignment,
+    task: Task,
+    rows: Indices | None,
+    compute: Compute,
+    reporter: Reporter,
+) -> Objective:
+    """What is minimised: the task's own loss, unless a teacher has a say in it."""
+    if assignment.teacher_path is None:
+        return task
+    teacher, file = Path(assignment.teacher_path), training_file(assignment)
+    objective, what = distil(task, assignment.spec, teacher, file, rows)
+    objective.to(compute.device)
+    reporter.say(f"teacher {what}")
+    return objective
 
 
 def _add_lora(task: Task, spec: TrainSpec) -> Adapter:

@@ -35,7 +35,7 @@ from workers.ranks.train.schedule import Schedule
 from workers.ranks.train.state import Fingerprint, Position, describe, restore_best, snapshot
 from workers.ranks.train.stopping import Best, best_of, is_over, require_metric
 from workers.ranks.train.tasks import Task
-from workers.ranks.train.tasks.base import Evaluation
+from workers.ranks.train.tasks.base import Evaluation, Objective
 
 _TRAIN_METRICS = 100
 """Training metrics kept over a whole training, about."""
@@ -49,6 +49,7 @@ class Trainer:
         *,
         spec: TrainSpec,
         task: Task,
+        objective: Objective,
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         schedule: Schedule,
@@ -66,6 +67,7 @@ class Trainer:
         self._spec = spec
         self._options = spec.hyperparameters
         self._task = task
+        self._objective = objective
         self._model = model
         self._optimizer = optimizer
         self._trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -85,8 +87,8 @@ class Trainer:
         self._best_step: int | None = None
         self._best = best
         self.stopped_early = False
-        warm_up = warm_up_batch(task, training, plan, compute)
-        self._wrapped = parallelise(task, model, warm_up, compute, gang)
+        warm_up = warm_up_batch(objective, training, plan, compute)
+        self._wrapped = parallelise(objective, model, warm_up, compute, gang)
         self._order: tuple[int, Indices] | None = None
 
     def run(self, position: Position) -> Evaluation | None:
@@ -174,10 +176,10 @@ class Trainer:
             # A rank with nothing left to do of a partial batch computes some example for nothing:
             # the others wait for it in this step's all-reduce.
             chosen = part if len(part) else indices[:1]
-            batch = self._task.batch(self._training, chosen, masks).to(self._compute.device)
+            batch = self._objective.batch(self._training, chosen, masks).to(self._compute.device)
             self._compute.seed(derive(self._options.seed, "dropout", step, self._gang.rank, number))
             with nullcontext() if last else self._without_sync():
-                total = self._task.loss(self._wrapped, batch, self._compute) * (len(part) > 0)
+                total = self._objective.loss(self._wrapped, batch, self._compute) * (len(part) > 0)
                 scaled = total * (self._gang.world_size / weight)
                 scaled.backward()  # type: ignore[no-untyped-call]
             loss += total.detach()

@@ -12,22 +12,22 @@ from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Batch, Examples
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import BatchPlan
-from workers.ranks.train.tasks import Task
+from workers.ranks.train.tasks.base import Objective
 
 
-def warm_up_batch(task: Task, data: Examples, plan: BatchPlan, compute: Compute) -> Batch:
+def warm_up_batch(objective: Objective, data: Examples, plan: BatchPlan, compute: Compute) -> Batch:
     """For passes that are thrown away. On CUDA the largest micro-batch there is, so that a lack of
     memory shows at once and not in the middle of an epoch; on a CPU the cheapest."""
     by_length = data.lengths.argsort(kind="stable")
     chosen = by_length[-plan.micro_batch :] if compute.device.type == "cuda" else by_length[:1]
-    return task.batch(data, chosen, seed=0).to(compute.device)
+    return objective.batch(data, chosen, seed=0).to(compute.device)
 
 
-def set_aside_unused(task: Task, model: nn.Module, batch: Batch, compute: Compute) -> int:
+def set_aside_unused(objective: Objective, model: nn.Module, batch: Batch, compute: Compute) -> int:
     """Exclude the parameters that the loss does not depend on (a pooler that the head skips) from
     training; returns how many numbers they are. DDP would wait for gradients that never come."""
     model.train()
-    task.loss(model, batch, compute).backward()  # type: ignore[no-untyped-call]
+    objective.loss(model, batch, compute).backward()  # type: ignore[no-untyped-call]
     unused = 0
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -38,7 +38,7 @@ def set_aside_unused(task: Task, model: nn.Module, batch: Batch, compute: Comput
 
 
 def parallelise(
-    task: Task, model: PreTrainedModel, batch: Batch, compute: Compute, gang: Gang
+    objective: Objective, model: PreTrainedModel, batch: Batch, compute: Compute, gang: Gang
 ) -> nn.Module:
     """The model as the gang computes it, warmed up with ``batch``; a gang of one needs no DDP."""
     model.train()
@@ -58,6 +58,6 @@ def parallelise(
     # differ in its last bits from the same step without one. Two passes that are thrown away put
     # that behind us, in fresh and in resumed runs alike.
     for _ in range(2):
-        task.loss(wrapped, batch, compute).backward()  # type: ignore[no-untyped-call]
+        objective.loss(wrapped, batch, compute).backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
     return wrapped

@@ -11,6 +11,7 @@ from shared.messages import TrainAssignment
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import DataProblem
 from workers.ranks.train.gang import Gang
+from workers.ranks.train.order import Indices
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.rows import split
 from workers.ranks.train.tasks.base import Task
@@ -25,8 +26,9 @@ def training_file(assignment: TrainAssignment) -> DataFile:
 
 def read_data(
     assignment: TrainAssignment, task: Task, gang: Gang, reporter: Reporter
-) -> tuple[Examples, Examples | None]:
-    """Training and validation data: from a file of its own, split off, or none.
+) -> tuple[Examples, Examples | None, Indices | None]:
+    """(training data, validation data, the rows of the file that are trained on where that is not all).
+    Validation data are of a file of their own, split off, or none.
 
     Raises:
         DataProblem: a file cannot be read, or a row is malformed.
@@ -40,10 +42,11 @@ def read_data(
     training = reader.read(training_file(assignment), "training")
     if assignment.validation_path is not None:
         file = DataFile(Path(assignment.validation_path), assignment.validation_format)
-        return training, reader.read(file, "validation")
+        return training, reader.read(file, "validation"), None
     if data.validation_split is not None:
-        return split(training, data.validation_split, seed, by=task.split_by)
-    return training, None
+        kept, held_out = split(training, data.validation_split, seed, by=task.split_by)
+        return training.subset(kept), training.subset(held_out), kept
+    return training, None, None
 
 
 @dataclass(frozen=True, slots=True)

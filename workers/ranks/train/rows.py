@@ -15,7 +15,7 @@ from shared.specs import TrainSpec
 from workers.ranks.train.columns import Collector
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import DataProblem
-from workers.ranks.train.order import derive
+from workers.ranks.train.order import Indices, derive
 
 __all__ = [
     "Collector",
@@ -147,8 +147,8 @@ def tokenise(
 
 def split(
     data: Examples, fraction: float, seed: int, *, by: str | None = None
-) -> tuple[Examples, Examples]:
-    """Split off ``fraction`` for validation: (training, validation).
+) -> tuple[Indices, Indices]:
+    """Split off ``fraction`` for validation: the examples (of training, of validation).
 
     A function of the data and the seed. ``by`` names a dense column, the class: then the share is
     taken of each class, and training keeps at least one example of each.
@@ -170,7 +170,7 @@ def split(
             hint="Give a larger validation_split, or more data.",
         )
     training = np.setdiff1d(np.arange(len(data)), validation)
-    return data.subset(training), data.subset(validation)
+    return training, validation
 
 
 def _listed(names: Sequence[str]) -> str:

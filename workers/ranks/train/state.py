@@ -59,7 +59,7 @@ def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
     chosen = spec.model_dump(
         mode="json",
         include={
-            "model", "architecture", "task", "problem", "method", "lora", "data",
+            "model", "architecture", "task", "problem", "method", "lora", "teacher", "distillation", "data",
             "hyperparameters", "early_stopping",
         },
     )  # fmt: skip

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,6 +40,8 @@ NOT_READ: dict[str, Any] = {
             "fail_fast",
             "method",
             "lora",
+            "teacher",
+            "distillation",
             "architecture",
             "checkpoint",
             "early_stopping",
@@ -89,6 +91,8 @@ class Loaded:
     """What is on top of the model, for the log: "a new classification head for 3 labels"."""
     labels: tuple[str, ...] = ()
     """By class index, where the task has labels."""
+    fresh: bool = False
+    """Whether the head is new: what the model says means nothing before it is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +101,25 @@ class Evaluation:
 
     values: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """What training minimises: a task's own loss, or one that is made of it."""
+
+    def batch(self, examples: Examples, indices: Indices | Sequence[int], seed: int) -> Batch:
+        """See ``Task.batch``."""
+
+    def loss(self, model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
+        """See ``Task.loss``."""
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """A task whose model chooses one of a fixed set of answers, for each text, word or token."""
+
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits in fp32, [predicted, answers], and the right answers, [predicted]. Calls ``model``
+        once."""
 
 
 class Task(ABC):

@@ -48,7 +48,7 @@ class FillMask(TokenPrediction):
     @classmethod
     def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
         options = spec.hyperparameters
-        model, head = _load(spec, model_path)
+        model, head, fresh = _load(spec, model_path)
         tokenizer = tokenizer_with_pad(model_path)
         if tokenizer.mask_token_id is None:
             raise LoadError(
@@ -56,7 +56,8 @@ class FillMask(TokenPrediction):
                 f"the tokenizer of '{model_path.name}' has no mask token",
                 "Choose a model that was pretrained on masked text (BERT, RoBERTa and kin).",
             )
-        return cls(Loaded(model, tokenizer, text_limit(model, tokenizer, options), head), spec)
+        limit = text_limit(model, tokenizer, options)
+        return cls(Loaded(model, tokenizer, limit, head, fresh=fresh), spec)
 
     def read(self, file: DataFile) -> Examples:
         collected = Collector()
@@ -110,8 +111,8 @@ class FillMask(TokenPrediction):
         return places, np.where(fate < _MASKED, self.mask, shown)
 
 
-def _load(spec: TrainSpec, model_path: Path) -> tuple[PreTrainedModel, str]:
-    """The model, and what its head is."""
+def _load(spec: TrainSpec, model_path: Path) -> tuple[PreTrainedModel, str, bool]:
+    """The model, what its head is, and whether that is new."""
     options = spec.hyperparameters
     try:
         model = load_masked_lm(model_path, dropout=options.dropout)
@@ -123,5 +124,5 @@ def _load(spec: TrainSpec, model_path: Path) -> tuple[PreTrainedModel, str]:
         model = load_masked_lm(
             model_path, dropout=options.dropout, seed=seed, allow_fresh_head=True
         )
-        return model, "a new masked-language-model head"
-    return model, "its own masked-language-model head"
+        return model, "a new masked-language-model head", True
+    return model, "its own masked-language-model head", False

@@ -32,7 +32,7 @@ class TokenPrediction(Task):
 
     def loss(self, model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
         with compute.autocast():
-            logits, truth = self._predict(model, batch)
+            logits, truth = self.predict(model, batch)
         smoothing = self.spec.hyperparameters.label_smoothing
         return cross_entropy(logits, truth, reduction="sum", label_smoothing=smoothing)
 
@@ -41,7 +41,7 @@ class TokenPrediction(Task):
         return 3
 
     def measure(self, model: nn.Module, batch: Batch) -> Sums:
-        logits, truth = self._predict(model, batch)
+        logits, truth = self.predict(model, batch)
         loss = float(cross_entropy(logits, truth, reduction="sum"))
         hits = int((logits.argmax(dim=-1) == truth).sum())
         return np.array([loss, hits, len(truth)], np.float64)
@@ -56,7 +56,7 @@ class TokenPrediction(Task):
         }
         return Evaluation(values, {"predicted_tokens": int(sums[2])})
 
-    def _predict(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits in fp32 [predicted, vocabulary] and the true tokens [predicted]. Only of these places
         is there a copy in fp32: the logits are the largest tensor of a small model's training."""
         answer: Any = model(**batch.inputs, **self.call)

@@ -96,6 +96,11 @@ class Text2Text(Task):
         written = int((labels != IGNORED).sum())
         return Batch(inputs, {"labels": labels}, read + written)
 
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = batch.targets["labels"]
+        known = labels != IGNORED
+        return self._logits(model, batch)[known], labels[known]
+
     def loss(self, model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
         with compute.autocast():
             logits = self._logits(model, batch)

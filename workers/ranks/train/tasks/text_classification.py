@@ -83,6 +83,7 @@ class _Classification(Task):
             max_length=text_limit(classifier.model, tokenizer, options),
             head=f"{head} {what}",
             labels=tuple(labels),
+            fresh=classifier.fresh_head,
         )
 
 
@@ -108,6 +109,9 @@ class SingleLabel(_Classification):
         inputs, tokens = pad_tokens(examples.ragged["tokens"], indices, self.pad)
         labels = examples.dense["label"][np.asarray(indices)].astype(np.int64)
         return Batch(inputs, {"labels": torch.from_numpy(labels)}, tokens)
+
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.logits(model, batch), batch.targets["labels"]
 
     def loss(self, model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
         with compute.autocast():

@@ -55,6 +55,7 @@ class TokenClassification(Task):
             max_length=text_limit(classifier.model, tokenizer, options),
             head=f"{head} tagging head for {len(labels)} tags",
             labels=labels,
+            fresh=classifier.fresh_head,
         )
         return cls(loaded, spec)
 
@@ -79,6 +80,11 @@ class TokenClassification(Task):
         inputs, tokens = pad_tokens(examples.ragged["tokens"], indices, self.pad)
         labels = examples.ragged["labels"].padded(indices, IGNORED)
         return Batch(inputs, {"labels": torch.from_numpy(labels)}, tokens)
+
+    def predict(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = batch.targets["labels"]
+        known = labels != IGNORED
+        return self._logits(model, batch)[known], labels[known]
 
     def loss(self, model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
         with compute.autocast():
