@@ -15,7 +15,7 @@ import pytest
 
 from gpuyard import Client
 from shared.views import JobDetail
-from tests.e2e.inputs import write_jsonl
+from tests.e2e.inputs import LABELS, labelled_rows, write_jsonl
 from tests.e2e.stack_process import StackProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -138,19 +138,21 @@ def test_a_student_is_taught(stack: StackProcess, pretrained: JobDetail, tmp_pat
     assert outputs[0]["label"] in {row["label"] for row in rows["train"]}
 
 
-def test_an_adapter_is_trained_and_merged(
-    stack: StackProcess, pretrained: JobDetail, tmp_path: Path
-) -> None:
+def test_an_adapter_is_trained_and_merged(stack: StackProcess, tmp_path: Path) -> None:
+    rows = labelled_rows(600, 4)
     job = train(
-        stack.client, tmp_path, task="text-classification", model="glossbert@1", method="lora",
-        lora={"r": 16, "alpha": 32, "targets": ["query", "key", "value", "dense"]},
-        train=glosses("train", 2000), validation=glosses("validation", 200),
-        hyperparameters={"epochs": 10, "batch_size": 16, "learning_rate": 3e-3},
+        stack.client, tmp_path, task="text-classification", model="tinybert", method="lora",
+        # The base is random, so its embeddings have to be adapted as well.
+        lora={"r": 16, "alpha": 32, "targets": ["query", "value", "dense", "word_embeddings"]},
+        train=rows[:480], validation=rows[480:],
+        hyperparameters={"epochs": 12, "learning_rate": 5e-3},
     )  # fmt: skip
-    assert metrics(job)["accuracy"] > 0.2
+    assert metrics(job)["accuracy"] > 0.5  # the majority class has about 0.37
     names = {artifact.name for artifact in stack.client.artifacts(job.id)}
     assert {"adapter/adapter_model.safetensors", "model/model.safetensors"} <= names
-    infer(stack.client, "text-classification", f"job:{job.id}", [{"text": "a plant"}])
+    text = rows[-1]["text"]
+    (said,) = infer(stack.client, "text-classification", f"job:{job.id}", [{"text": text}])
+    assert said["label"] in LABELS
 
 
 def test_texts_are_embedded(stack: StackProcess, pretrained: JobDetail, tmp_path: Path) -> None:
@@ -190,8 +192,10 @@ def test_text_is_generated(stack: StackProcess, tmp_path: Path) -> None:
     )  # fmt: skip
     assert metrics(base)["loss"] < 0.9 * math.log(SMALL["vocabulary"])
     (tmp_path / "fine").mkdir()
+    # The space stands before the word, where tokenizers want it, also when the model is asked.
     asked = [
-        {"prompt": f"{r['text']} is a ", "completion": r["label"]} for r in glosses("train", 800)
+        {"prompt": f"{r['text']} is a", "completion": f" {r['label']}"}
+        for r in glosses("train", 800)
     ]
     tuned = train(
         stack.client, tmp_path / "fine", task="text-generation", model="glossllama@latest",
