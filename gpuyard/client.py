@@ -68,7 +68,7 @@ class Client:
     ) -> None:
         self.connection = find_connection(url, api_key)
         self._transport = Transport(self.connection, patience, on_retry)
-        self._uploaded: dict[str, str] = {}
+        self._uploaded: dict[tuple[str, str], str] = {}
 
     def close(self) -> None:
         self._transport.close()
@@ -371,7 +371,7 @@ class Client:
         path = Path(path)
         sha256 = transfer.digest(path)
         file = transfer.upload(self._transport, path, sha256, on_bytes)
-        self._uploaded[sha256] = file.id
+        self._uploaded[sha256, _suffix(file.name)] = file.id
         return file
 
     def files(self) -> Iterator[FileView]:
@@ -393,19 +393,21 @@ class Client:
         return self._transport.probe("/readyz", Health)
 
     def _uploaded_id(self, path: Path, on_bytes: OnBytes | None) -> str:
-        """The id under which the service has the content of ``path``; uploads it if it has not."""
+        """The id under which the service has the content of ``path`` under a name of its kind;
+        uploads it if it has not. The suffix says how the service reads a file."""
         sha256 = transfer.digest(path)
-        if sha256 not in self._uploaded:
+        wanted = sha256, _suffix(path.name)
+        if wanted not in self._uploaded:
             for place, file in enumerate(self.files()):
                 # Also makes a repeated submission the same spec, as an idempotency key demands.
-                if file.sha256 == sha256:
-                    self._uploaded[sha256] = file.id
-                if sha256 in self._uploaded or place >= KNOWN_FILES:
+                if (file.sha256, _suffix(file.name)) == wanted:
+                    self._uploaded[wanted] = file.id
+                if wanted in self._uploaded or place >= KNOWN_FILES:
                     break
-        if sha256 not in self._uploaded:
+        if wanted not in self._uploaded:
             file = transfer.upload(self._transport, path, sha256, on_bytes)
-            self._uploaded[sha256] = file.id
-        return self._uploaded[sha256]
+            self._uploaded[wanted] = file.id
+        return self._uploaded[wanted]
 
     def _pages(self, path: str, item: type[V], **params: Any) -> Iterator[V]:
         cursor: str | None = None
@@ -448,6 +450,10 @@ def _models(name: str, *version: str) -> str:
 
 def _at(kind: str, id: str, *rest: str) -> str:
     return "/".join(["/v1", kind, _segment(id), *rest])
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
 
 
 def _inside(name: str) -> PurePosixPath:
