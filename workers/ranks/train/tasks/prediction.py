@@ -1,9 +1,9 @@
-"""What text-generation and fill-mask share: some tokens are predicted, among all of the vocabulary."""
+"""What tasks share whose model has an answer for some of the tokens: a word, a tag."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -19,14 +19,14 @@ _LARGEST_EXPONENT = 700.0
 
 
 class TokenPrediction(Task):
-    """Cross entropy; loss, perplexity and accuracy, all by predicted token.
+    """Cross entropy; by itself judged by loss, perplexity and accuracy, all by predicted token.
 
     ``batch`` gives ``targets["labels"]``, [examples, tokens]: what the model's logits at each place
     are to predict, or ``IGNORED``.
     """
 
     best = "loss"
-    better = "lower"
+    better: ClassVar[Literal["higher", "lower"]] = "lower"
     call: ClassVar[dict[str, Any]] = {}
     """What the model is called with besides a batch's inputs."""
 

@@ -6,16 +6,14 @@ by what it writes on its own.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel
 
 from shared.examples import Pair
@@ -27,8 +25,9 @@ from workers.ranks.train.examples import IGNORED, Batch, Examples, pad_tokens
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import Indices, derive
 from workers.ranks.train.rows import Collector, read_chunks, tokenise
-from workers.ranks.train.tasks.base import Evaluation, Loaded, Sums, Task
+from workers.ranks.train.tasks.base import Evaluation, Loaded
 from workers.ranks.train.tasks.model import text_limit, tokenizer_with_pad
+from workers.ranks.train.tasks.prediction import TokenPrediction
 from workers.ranks.train.tasks.rouge import rouge
 
 GENERATED = 200
@@ -38,13 +37,14 @@ LONGEST = 256
 _SPARE = 8
 """Tokens beyond the longest reference of a batch, so that a text that does not end shows."""
 _SAMPLES = 5
-_LARGEST_EXPONENT = 700.0
 
 
-class Text2Text(Task):
+class Text2Text(TokenPrediction):
     """Cross entropy over the target's tokens; ROUGE and exact match of what is generated."""
 
     best = "rougeL"
+    better = "higher"
+    call: ClassVar[dict[str, Any]] = {"use_cache": False}
 
     def __init__(self, loaded: Loaded, spec: TrainSpec) -> None:
         super().__init__(loaded, spec)
@@ -96,34 +96,6 @@ class Text2Text(Task):
         written = int((labels != IGNORED).sum())
         return Batch(inputs, {"labels": labels}, read + written)
 
-    def predict(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = batch.targets["labels"]
-        known = labels != IGNORED
-        return self._logits(model, batch)[known], labels[known]
-
-    def loss(self, model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
-        with compute.autocast():
-            logits = self._logits(model, batch)
-        return self._loss(logits, batch, self.spec.hyperparameters.label_smoothing)
-
-    @property
-    def sums(self) -> int:
-        return 3
-
-    def measure(self, model: nn.Module, batch: Batch) -> Sums:
-        logits, truth = self._logits(model, batch), batch.targets["labels"]
-        known = truth != IGNORED
-        right = (logits.argmax(dim=-1) == truth) & known
-        return np.array([float(self._loss(logits, batch)), float(right.sum()), float(known.sum())])
-
-    def conclude(self, sums: Sums) -> Evaluation:
-        tokens = max(1.0, float(sums[2]))
-        loss = float(sums[0]) / tokens
-        perplexity = math.exp(min(loss, _LARGEST_EXPONENT))
-        return Evaluation(
-            {"loss": loss, "perplexity": perplexity, "accuracy": float(sums[1]) / tokens}
-        )
-
     def evaluate(
         self,
         model: nn.Module,
@@ -158,7 +130,7 @@ class Text2Text(Task):
             {"source": self._text(examples[int(index)]["tokens"]), "reference": r, "generated": g}
             for index, (r, g) in list(zip(share, pairs, strict=True))[:_SAMPLES]
         ]
-        return Evaluation(values, {"samples": samples if gang.rank == 0 else []})
+        return Evaluation(values, {**forced.details, "samples": samples if gang.rank == 0 else []})
 
     def _write(
         self, examples: Examples, share: Indices, batch_size: int, compute: Compute
@@ -185,20 +157,6 @@ class Text2Text(Task):
     def _text(self, tokens: NDArray[Any]) -> str:
         text = self.loaded.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
         return str(text).strip()
-
-    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        answer: Any = model(**batch.inputs, use_cache=False)
-        logits: torch.Tensor = answer.logits.float()
-        return logits
-
-    def _loss(self, logits: torch.Tensor, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
-        return cross_entropy(
-            logits.flatten(0, 1),
-            batch.targets["labels"].flatten(),
-            reduction="sum",
-            ignore_index=IGNORED,
-            label_smoothing=smoothing,
-        )
 
 
 def choose(examples: int, most: int, seed: int) -> Indices:

@@ -20,18 +20,20 @@ from transformers import PreTrainedTokenizerBase
 from shared.formats import DataFile
 from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError, load_token_classifier, load_tokenizer
-from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import IGNORED, Batch, Examples, pad_tokens
 from workers.ranks.train.order import Indices, derive
 from workers.ranks.train.rows import Collector, class_of, find_labels, read_chunks
-from workers.ranks.train.tasks.base import Evaluation, Loaded, Sums, Task
+from workers.ranks.train.tasks.base import Evaluation, Loaded, Sums
 from workers.ranks.train.tasks.entities import count_entities, entity_kinds
 from workers.ranks.train.tasks.model import order_labels, text_limit, tokenizer_with_pad
+from workers.ranks.train.tasks.prediction import TokenPrediction
 from workers.ranks.train.tasks.scores import Counts, by_label, count, score
 
 
-class TokenClassification(Task):
+class TokenClassification(TokenPrediction):
     """Cross entropy over words. Judged by entity where the tags are BIO, else by tag."""
+
+    better = "higher"
 
     def __init__(self, loaded: Loaded, spec: TrainSpec) -> None:
         super().__init__(loaded, spec)
@@ -81,24 +83,15 @@ class TokenClassification(Task):
         labels = examples.ragged["labels"].padded(indices, IGNORED)
         return Batch(inputs, {"labels": torch.from_numpy(labels)}, tokens)
 
-    def predict(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = batch.targets["labels"]
-        known = labels != IGNORED
-        return self._logits(model, batch)[known], labels[known]
-
-    def loss(self, model: nn.Module, batch: Batch, compute: Compute) -> torch.Tensor:
-        with compute.autocast():
-            logits = self._logits(model, batch)
-        return self._loss(logits, batch, self.spec.hyperparameters.label_smoothing)
-
     @property
     def sums(self) -> int:
         return 3 + 3 * len(self.kinds or self.loaded.labels)
 
     def measure(self, model: nn.Module, batch: Batch) -> Sums:
-        logits, truth = self._logits(model, batch), batch.targets["labels"]
+        answer: Any = model(**batch.inputs)
+        logits, truth = answer.logits.float(), batch.targets["labels"]
         guess, known = logits.argmax(dim=-1), truth != IGNORED
-        loss = float(self._loss(logits, batch))
+        loss = float(cross_entropy(logits[known], truth[known], reduction="sum"))
         right = float(((guess == truth) & known).sum())
         counts = self._by_entity if self.kinds else self._by_tag
         return np.array([loss, right, float(known.sum()), *counts(truth, guess, known).reshape(-1)])
@@ -114,20 +107,6 @@ class TokenClassification(Task):
         values["recall"] = scores.micro_recall
         values["f1"] = scores.micro_f1
         return Evaluation(values, {"per_entity": by_label(scores, self.kinds)})
-
-    def _logits(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        answer: Any = model(**batch.inputs)
-        logits: torch.Tensor = answer.logits.float()
-        return logits
-
-    def _loss(self, logits: torch.Tensor, batch: Batch, smoothing: float = 0.0) -> torch.Tensor:
-        return cross_entropy(
-            logits.flatten(0, 1),
-            batch.targets["labels"].flatten(),
-            reduction="sum",
-            ignore_index=IGNORED,
-            label_smoothing=smoothing,
-        )
 
     def _by_tag(self, truth: torch.Tensor, guess: torch.Tensor, known: torch.Tensor) -> Counts:
         truth, guess, classes = truth[known], guess[known], len(self.loaded.labels)
