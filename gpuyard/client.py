@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from gpuyard.transport import Transport
 from gpuyard.waiting import looks
 from shared.errors import InvalidRequest, NotFound, Unavailable
 from shared.lifecycle import JobState
-from shared.specs import InferSpec, TrainSpec, parse_spec
+from shared.specs import MODEL_NAME, InferSpec, TrainSpec, parse_spec
+from shared.sweeps import parse_sweep, plan
 from shared.views import (
     ArtifactView,
     CheckpointView,
@@ -30,7 +32,10 @@ from shared.views import (
     JobView,
     LogView,
     MetricView,
+    ModelView,
     Page,
+    SweepDetail,
+    SweepView,
     View,
     WorkerView,
 )
@@ -63,7 +68,7 @@ class Client:
     ) -> None:
         self.connection = find_connection(url, api_key)
         self._transport = Transport(self.connection, patience, on_retry)
-        self._uploaded: dict[str, str] = {}
+        self._uploaded: dict[tuple[str, str], str] = {}
 
     def close(self) -> None:
         self._transport.close()
@@ -178,6 +183,50 @@ class Client:
             raise JobFailed(seen)
         return seen
 
+    # Sweeps
+
+    def submit_sweep(
+        self,
+        sweep: Mapping[str, Any],
+        *,
+        upload: bool = False,
+        idempotency_key: str | None = None,
+        bases: Sequence[Path] = (),
+        on_bytes: OnBytes | None = None,
+    ) -> SweepDetail:
+        """Submit a sweep: ``spec``, a training, and ``parameters``, the fields that differ.
+
+        Arguments as for ``submit``; a file that ``spec.data`` names is uploaded once for all trials.
+
+        Raises:
+            InvalidSpec: before anything is sent; names the trial.
+        """
+        data = dict(sweep)
+        plan(parse_sweep(data))
+        if upload:
+            spec = with_uploads(data["spec"], lambda path: self._uploaded_id(path, on_bytes), bases)
+            data["spec"] = spec
+        answer = self._transport.request(
+            "POST",
+            "/v1/sweeps",
+            json=data,
+            headers={"Idempotency-Key": idempotency_key or secrets.token_hex(16)},
+        )
+        return self._transport.read(answer, SweepDetail)
+
+    def sweep(self, id: str) -> SweepDetail:
+        """A sweep with its trials, and the best of those that have succeeded."""
+        return self._transport.get(_at("sweeps", id), SweepDetail)
+
+    def sweeps(self) -> Iterator[SweepView]:
+        """All sweeps, newest first."""
+        return self._pages("/v1/sweeps", SweepView)
+
+    def cancel_sweep(self, id: str) -> SweepDetail:
+        """Cancel every trial that is not over."""
+        answer = self._transport.request("POST", _at("sweeps", id, "cancel"))
+        return self._transport.read(answer, SweepDetail)
+
     # What a job says and makes
 
     def events(self, id: str, after: int = 0, follow: bool = True) -> Iterator[EventView]:
@@ -206,6 +255,7 @@ class Client:
         each as it is, until the job is over. A broken connection leaves no gap and no double.
 
         A row is ``{"row", "id", "output", "error", "usage"}``; one of output and error is null.
+        What an output is depends on the task: see ``shared/rows.py`` or the API's own documentation.
         """
         return streams.follow_rows(self._transport, _segment(id), follow)
 
@@ -260,6 +310,55 @@ class Client:
             for artifact in wanted
         ]
 
+    # Published models
+
+    def models(self) -> Iterator[ModelView]:
+        """Published models by name, each in its newest version."""
+        return self._pages("/v1/models", ModelView)
+
+    def model_versions(self, name: str) -> list[ModelView]:
+        """The versions of a model, newest first.
+
+        Raises:
+            NotFound: there is none of this name.
+        """
+        return self._transport.get_list(_models(name), ModelView)
+
+    def model(self, reference: str) -> ModelView:
+        """A version, as specs name it: ``name@3``, ``name@latest``, ``name@production``."""
+        name, version = _reference(reference)
+        return self._transport.get(_models(name, version), ModelView)
+
+    def publish(self, job: str, name: str, tags: Iterable[str] = ()) -> ModelView:
+        """Give the model of a training job a name and the next version. Repeating it changes nothing.
+
+        Raises:
+            Conflict: the job made no model, or has not succeeded.
+        """
+        body = {"job": job, "name": name, "tags": list(tags)}
+        return self._transport.read(
+            self._transport.request("POST", "/v1/models", json=body), ModelView
+        )
+
+    def change_model(
+        self, reference: str, *, stage: str | None = None, tags: Iterable[str] | None = None
+    ) -> ModelView:
+        """Move a version (``name@3``) to a stage, "" for none, or replace its tags. The one that was
+        in production before is archived."""
+        name, version = _reference(reference)
+        body = {"stage": stage, "tags": None if tags is None else list(tags)}
+        answer = self._transport.request("PATCH", _models(name, version), json=body)
+        return self._transport.read(answer, ModelView)
+
+    def delete_model(self, reference: str) -> ModelView:
+        """Take a version off the list; its files stay with its job.
+
+        Raises:
+            Conflict: it is in production.
+        """
+        answer = self._transport.request("DELETE", _models(*_reference(reference)))
+        return self._transport.read(answer, ModelView)
+
     # Files and the fleet
 
     def upload(self, path: str | Path, on_bytes: OnBytes | None = None) -> FileView:
@@ -272,7 +371,7 @@ class Client:
         path = Path(path)
         sha256 = transfer.digest(path)
         file = transfer.upload(self._transport, path, sha256, on_bytes)
-        self._uploaded[sha256] = file.id
+        self._uploaded[sha256, _suffix(file.name)] = file.id
         return file
 
     def files(self) -> Iterator[FileView]:
@@ -294,19 +393,21 @@ class Client:
         return self._transport.probe("/readyz", Health)
 
     def _uploaded_id(self, path: Path, on_bytes: OnBytes | None) -> str:
-        """The id under which the service has the content of ``path``; uploads it if it has not."""
+        """The id under which the service has the content of ``path`` under a name of its kind;
+        uploads it if it has not. The suffix says how the service reads a file."""
         sha256 = transfer.digest(path)
-        if sha256 not in self._uploaded:
+        wanted = sha256, _suffix(path.name)
+        if wanted not in self._uploaded:
             for place, file in enumerate(self.files()):
                 # Also makes a repeated submission the same spec, as an idempotency key demands.
-                if file.sha256 == sha256:
-                    self._uploaded[sha256] = file.id
-                if sha256 in self._uploaded or place >= KNOWN_FILES:
+                if (file.sha256, _suffix(file.name)) == wanted:
+                    self._uploaded[wanted] = file.id
+                if wanted in self._uploaded or place >= KNOWN_FILES:
                     break
-        if sha256 not in self._uploaded:
+        if wanted not in self._uploaded:
             file = transfer.upload(self._transport, path, sha256, on_bytes)
-            self._uploaded[sha256] = file.id
-        return self._uploaded[sha256]
+            self._uploaded[wanted] = file.id
+        return self._uploaded[wanted]
 
     def _pages(self, path: str, item: type[V], **params: Any) -> Iterator[V]:
         cursor: str | None = None
@@ -329,8 +430,30 @@ def _segment(id: str) -> str:
     return id
 
 
+def _reference(reference: str) -> tuple[str, str]:
+    """(name, version) of ``name@version``; without a version the latest."""
+    name, _, version = reference.partition("@")
+    return name, version or "latest"
+
+
+def _models(name: str, *version: str) -> str:
+    """Raises InvalidRequest: what is no name or version must not lead elsewhere."""
+    for part in (name, *version):
+        if re.fullmatch(MODEL_NAME, part) is None:
+            raise InvalidRequest(
+                f"{'@'.join((name, *version))!r} is no model reference",
+                param="model",
+                hint="It is name@version, such as topics@2; `gpuyard models` lists them.",
+            )
+    return "/".join(["/v1/models", name, *version])
+
+
 def _at(kind: str, id: str, *rest: str) -> str:
     return "/".join(["/v1", kind, _segment(id), *rest])
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
 
 
 def _inside(name: str) -> PurePosixPath:

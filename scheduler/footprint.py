@@ -1,6 +1,6 @@
 """How much memory a rank needs: arithmetic on the model's shape, for admission within microseconds.
 
-Training follows the closed formula of what PyTorch keeps (weights, gradients, two AdamW moments,
+Training follows the closed formula of what PyTorch keeps (weights, gradients, the optimizer's state,
 what backward needs of each layer); measured against the truth it lies 11 to 15% high, which is the
 right side. Generation is weights, keys and values of every row, and logits. Everything is in bytes.
 Nothing is read here: ``scheduler/submission/models.py`` reads ``config.json`` and the headers of the
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from shared.specs import InferSpec, TrainSpec
+from shared.specs import GENERATIVE, PACKED_LENGTH, InferSpec, TrainSpec
 
 MIB = 1024**2
 RUNTIME = 512 * MIB
@@ -22,6 +22,11 @@ WIDENED = 8 * 1024 * MIB
 BYTES_PER_TOKEN = 3
 """UTF-8 bytes of text a token stands for, on the low side: English has about 4.5."""
 SPECIAL_TOKENS = 8
+STATE_BYTES = {"adamw": 8, "adam": 8, "sgd": 4, "adafactor": 0}
+"""That an optimizer keeps of each trained element, in fp32: two moments, one, or only sums of rows and
+columns, which are too few to count."""
+ADAFACTOR_PASSING = 3
+"""Tensors of the size of the largest that Adafactor holds while it updates that one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +70,65 @@ class ModelShape:
 
 
 def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None) -> int:
-    """Peak of one rank: ``4P`` weights, ``4T`` gradients, ``8T`` AdamW, activations, runtime.
+    """Peak of one rank: ``4P`` weights, ``4T`` gradients, ``8T`` for the two moments of AdamW (or what
+    another optimizer keeps), activations, runtime.
 
     ``P`` is all parameters and ``T`` the trainable ones. Per token and layer, backward keeps about
     ten hidden-sized tensors (norms, q, k, v, attention, dropout, residuals) and two of the MLP's
-    inner size, three where it is gated; attention itself is recomputed in blocks (SDPA).
+    inner size, three where it is gated; attention itself is recomputed in blocks (SDPA). A language
+    model also keeps what its loss is made of, for every token and word of its vocabulary.
 
     Args:
         shape: The model.
-        spec: Gives micro-batch, freezing, maximum length and precision.
+        spec: Gives optimizer, micro-batch, freezing, maximum length and precision.
         longest_text: Bytes of the longest text of the data; None: unknown, so the maximum length.
     """
     options = spec.hyperparameters
     rows = options.micro_batch_size or -(-options.batch_size // spec.resources.devices)
-    length = sequence_length(shape, longest_text, options.max_length)
+    if options.packing:  # every block is full, however short the texts are
+        length = sequence_length(shape, None, options.max_length or PACKED_LENGTH)
+    else:
+        length = sequence_length(shape, longest_text, options.max_length)
     element = BF16 if options.precision == "bf16" else FP32
-    trainable = shape.trainable(options.freeze)
+    trainable = lora_elements(shape, spec) or shape.trainable(options.freeze)
     per_token = 10 * shape.hidden + (3 if shape.gated_mlp else 2) * shape.intermediate
     activations = shape.layers * rows * length * per_token * element
     embeddings = rows * length * shape.hidden * element * 2
-    return FP32 * shape.parameters + 12 * trainable + activations + embeddings + RUNTIME
+    logits = rows * length * _logits_bytes(shape, spec.task)
+    if spec.task == "embeddings":  # both texts of a pair go through the model together
+        activations, embeddings = 2 * activations, 2 * embeddings
+    updating = FP32 * trainable + _optimizer_bytes(shape, options.optimizer, trainable)
+    return FP32 * shape.parameters + updating + activations + embeddings + logits + RUNTIME
+
+
+def _optimizer_bytes(shape: ModelShape, optimizer: str, trainable: int) -> int:
+    kept = STATE_BYTES[optimizer] * trainable
+    if optimizer == "adafactor":
+        largest = max((elements for _, elements in shape.tensors), default=0)
+        kept += ADAFACTOR_PASSING * FP32 * min(largest, trainable)
+    return kept
+
+
+def teaching_bytes(teacher: ModelShape) -> int:
+    """What a teacher takes beside its student: its weights. Its activations are of one layer at a
+    time, less than what the student's backward keeps."""
+    return FP32 * teacher.parameters
+
+
+def lora_elements(shape: ModelShape, spec: TrainSpec) -> int:
+    """Elements of the matrices that method 'lora' trains; 0 for others.
+
+    Two projections a layer where the customary ones are taken, all seven linear layers at most.
+    """
+    if spec.method != "lora":
+        return 0
+    layers_named = min(7, len(spec.adaptation.targets) or 2)
+    return 2 * spec.adaptation.r * shape.hidden * layers_named * shape.layers
+
+
+def _logits_bytes(shape: ModelShape, task: str) -> int:
+    """For each token of a language model: logits in fp32, their log-softmax, and its gradient."""
+    return 3 * FP32 * shape.vocabulary if task in (*GENERATIVE, "fill-mask") else 0
 
 
 def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None) -> int:
@@ -101,7 +145,7 @@ def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None
     per_token = 10 * shape.hidden + 3 * shape.intermediate
     working = spec.batch_size * length * per_token * element
     total = shape.parameters * element + working + RUNTIME
-    if spec.task == "text-generation":
+    if spec.task in GENERATIVE:
         whole = min(length + spec.sampling.max_new_tokens, shape.positions)
         cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * element
         # Logits are kept once as computed and once in fp32 for sampling.

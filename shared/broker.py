@@ -46,7 +46,9 @@ def celery_config(settings: Settings) -> dict[str, Any]:
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         # What Flower shows.
         "worker_send_task_events": True,
-        "task_send_sent_event": True,
+        # No event when a hint is sent: Celery calls the task `gpuyard.run` in it, not by its legible
+        # name, and a hint that is sent again would rename a task that has long begun.
+        "task_send_sent_event": False,
         "task_track_started": True,
         "event_queue_ttl": 60,
         "event_queue_expires": 600,

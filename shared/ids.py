@@ -6,7 +6,7 @@ import secrets
 
 from ulid import ULID
 
-JOB, ATTEMPT, FILE, CHECKPOINT, ARTIFACT, KEY, WORKER = (
+JOB, ATTEMPT, FILE, CHECKPOINT, ARTIFACT, KEY, WORKER, SWEEP = (
     "job",
     "att",
     "file",
@@ -14,6 +14,7 @@ JOB, ATTEMPT, FILE, CHECKPOINT, ARTIFACT, KEY, WORKER = (
     "art",
     "key",
     "wrk",
+    "swp",
 )
 
 

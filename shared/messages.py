@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from shared.lifecycle import FailureClass
-from shared.specs import InferSpec, TrainSpec
+from shared.specs import DataFormat, InferSpec, TrainSpec
 
 
 class Message(BaseModel):
@@ -85,13 +85,21 @@ class TrainAssignment(Message):
     device: DeviceHandle
     spec: TrainSpec
     model_path: str
+    """Empty for a model from scratch (``spec.architecture``)."""
+    teacher_path: str | None = None
     train_path: str
+    train_format: DataFormat = "jsonl"
     validation_path: str | None
+    validation_format: DataFormat = "jsonl"
     work_dir: str
     """This attempt's own folder, made by the worker: checkpoints in ``checkpoints/``, deliverables in
     ``artifacts/``. No other attempt writes there, so a stale one can spoil nothing."""
+    cache_dir: str | None = None
+    """What attempts and jobs share, made by the worker: tokenised data. None: nothing is kept."""
     resume_from: tuple[CheckpointRef, ...] = ()
     """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
+    best_from: tuple[CheckpointRef, ...] = ()
+    """The best models that those build on, which early stopping delivers in the end. Newest first."""
 
 
 class InferAssignment(Message):
@@ -140,15 +148,24 @@ class Stop(Message):
     reason: str
 
 
-Order = Annotated[ComputeShards | JoinRendezvous | Stop, Field(discriminator="type")]
+class Preempt(Message):
+    """Order to a training rank: its device is wanted back in ``seconds``. Unless the training ends by
+    then, the whole gang makes a checkpoint at its next step and ends as preempted."""
+
+    type: Literal["preempt"] = "preempt"
+    reason: str
+    seconds: float
+
+
+Order = Annotated[ComputeShards | JoinRendezvous | Stop | Preempt, Field(discriminator="type")]
 Assignment = Annotated[TrainAssignment | InferAssignment, Field(discriminator="type")]
-ToRank: TypeAdapter[TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop] = (
-    TypeAdapter(
-        Annotated[
-            TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop,
-            Field(discriminator="type"),
-        ]
-    )
+ToRank: TypeAdapter[
+    TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop | Preempt
+] = TypeAdapter(
+    Annotated[
+        TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop | Preempt,
+        Field(discriminator="type"),
+    ]
 )
 
 
@@ -199,6 +216,12 @@ class CheckpointWritten(Message):
     step: int
     path: str
     manifest: dict[str, FileDigest]
+    best_step: int | None = None
+    """The step of the best model up to here; without that one's checkpoint this one cannot end."""
+
+    @property
+    def best(self) -> bool:
+        return self.best_step == self.step
 
 
 class ArtifactWritten(Message):

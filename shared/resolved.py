@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from shared.specs import Accelerator, Feature
+from shared.specs import Accelerator, DataFormat, Feature
 
 
 class Requirements(BaseModel):
@@ -27,9 +27,9 @@ class Requirements(BaseModel):
 class ResolvedModel(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    source: Literal["folder", "job", "hub"]
+    source: Literal["folder", "job", "hub", "scratch"]
     path: str
-    """Absolute folder, or the id on the hub."""
+    """Absolute folder, or the id on the hub; empty for a model from scratch."""
     label: str
     """Short, for people: Flower shows it."""
     parameters: int | None = None
@@ -40,6 +40,7 @@ class ResolvedInput(BaseModel):
 
     path: str
     size: int
+    format: DataFormat = "jsonl"
     rows: int | None = None
 
 
@@ -47,6 +48,7 @@ class Resolved(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     model: ResolvedModel
+    teacher: ResolvedModel | None = None
     requirements: Requirements
     inputs: dict[str, ResolvedInput]
     """``train`` and ``validation``, or ``input``."""

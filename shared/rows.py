@@ -7,9 +7,25 @@ Input is JSONL, one row a line; blank lines are no rows. A result is one object:
      "error": {"code", "message"} | null,
      "usage": {"input_tokens": n, "output_tokens": m}}
 
-``output`` is ``{"text", "finish_reason"}`` ("stop" or "length") for text-generation and
-``{"label", "score", "labels": [{"label", "score"}, ...]}`` for text-classification.
-Exactly one of ``output`` and ``error`` is null.
+Exactly one of ``output`` and ``error`` is null. ``output`` by task:
+
+text-generation, text2text, summarization
+    ``{"text", "finish_reason"}``; the reason is "stop" (an end token or a stop string) or "length".
+text-classification
+    ``{"label", "score", "labels": [{"label", "score"}, ...]}``, best first, ``top_k_labels`` of them.
+token-classification
+    For a row of words ``{"tags": [...], "scores": [...], "entities": [...]}`` with a tag and its
+    probability for each word, both null for a word that was cut away or that the tokenizer makes no
+    token of. For a text ``{"entities": [...]}``. An entity is ``{"label", "score", "start", "end", "text"}``:
+    ``start`` and ``end`` count *characters of a text* and *words of a row of words*, the end excluded;
+    the score is the mean over its words. Labels with prefixes (B-, I-) are read as conlleval does;
+    without prefixes (parts of speech) each word is an entity of its own. ``O`` is none.
+fill-mask
+    ``{"masks": [{"tokens": [{"token", "score"}, ...]}, ...], "text"}``: for each mask the ``top_k_labels``
+    likeliest tokens, as the tokenizer writes them (a leading space is part of one), and the text with
+    the best of each. A mask that was cut away is null and stays in the text.
+embeddings
+    ``{"embedding": [...], "dimensions": n}``, to 8 decimals, of length 1 unless ``normalize`` is off.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Settings(BaseSettings):
     """Whether a spec may name a model of the Hugging Face hub. Workers then download it."""
     max_upload_bytes: int = Field(2 * 1024**3, gt=0)
     max_scan_bytes: int = Field(256 * 1024**2, gt=0)
-    """How much of a training file is checked line by line at submission; the rank checks the rest."""
+    """How much of a training file is checked row by row at submission; the rank checks the rest."""
     auth: bool = True
     """Whether the API asks for a key. Switch off only behind something that does."""
 
@@ -60,7 +60,8 @@ class Settings(BaseSettings):
     end_grace: float = Field(10, ge=0)
     """What a rank gets between the request to end and SIGKILL."""
     drain_grace: float = Field(30, ge=0)
-    """What running attempts get on SIGTERM to the worker before they are ended and tried again."""
+    """What running attempts get on SIGTERM to the worker, to make a checkpoint or to end, before they
+    are ended and tried again."""
     rank_host: str | None = None
     """Address of this host for the ranks of a gang on several hosts; by default the one from which
     it reaches the broker."""

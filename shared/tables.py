@@ -338,6 +338,7 @@ class Checkpoint(Table, table=True):
     __tablename__ = "checkpoints"
     __table_args__ = (
         CheckConstraint("step >= 0 AND size >= 0", name="numbers"),
+        CheckConstraint("best_step >= 0 AND best_step <= step", name="best_step"),
         Index("uq_checkpoints_step", "attempt_id", "step", unique=True),
         Index("ix_checkpoints_job", "job_id", "step"),
     )
@@ -349,7 +350,14 @@ class Checkpoint(Table, table=True):
     path: str = Field(sa_column=_text())
     manifest: dict[str, Any] = Field(sa_column=_json())
     size: int = Field(sa_column=_big())
+    best_step: int | None = None
+    """The step of the best model up to here, which training delivers in the end; its own where this
+    checkpoint is that model. Null where training does not stop early."""
     created_at: datetime = Field(default=None, sa_column=_time(nullable=False, now=True))
+
+    @property
+    def best(self) -> bool:
+        return self.best_step == self.step
 
 
 class Artifact(Table, table=True):
@@ -404,6 +412,81 @@ class Shard(Table, table=True):
     output_tokens: int = Field(default=0, sa_column=_big(default=0))
     seconds: float = 0.0
     committed_at: datetime | None = Field(default=None, sa_column=_time())
+
+
+class PublishedModel(Table, table=True):
+    """A version of a named model: which job made it. Rows stay when they are deleted, so that a
+    number is never given twice."""
+
+    __tablename__ = "published_models"
+    __table_args__ = (
+        CheckConstraint("version >= 1", name="version"),
+        CheckConstraint(
+            "stage IS NULL OR stage IN ('staging', 'production', 'archived')", name="stage"
+        ),
+        CheckConstraint(
+            "stage IS DISTINCT FROM 'production' OR deleted_at IS NULL", name="production_is_there"
+        ),
+        Index(
+            "uq_published_models_production",
+            "name",
+            unique=True,
+            postgresql_where=text("stage = 'production'"),
+        ),
+        Index(
+            "uq_published_models_job",
+            "name",
+            "job_id",
+            unique=True,
+            postgresql_where=text("deleted_at IS NULL"),
+        ),
+    )
+    name: str = Field(sa_column=_text(primary_key=True))
+    version: int = Field(primary_key=True)
+    job_id: str = Field(sa_column=_ref("jobs.id"))
+    task: str = Field(sa_column=_text())
+    stage: str | None = Field(default=None, sa_column=_text(nullable=True))
+    metrics: dict[str, Any] = Field(sa_column=_json())
+    tags: list[str] = Field(default=[], sa_column=_json())
+    created_by: str = Field(default="", sa_column=_text())
+    created_at: datetime = Field(default=None, sa_column=_time(nullable=False, now=True))
+    deleted_at: datetime | None = Field(default=None, sa_column=_time())
+
+
+class Sweep(Table, table=True):
+    """A hyperparameter sweep; its trials are jobs."""
+
+    __tablename__ = "sweeps"
+    __table_args__ = (
+        Index(
+            "uq_sweeps_idempotency",
+            "created_by",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
+    )
+    id: str = Field(sa_column=_text(primary_key=True))
+    name: str | None = Field(default=None, sa_column=_text(nullable=True))
+    spec: dict[str, Any] = Field(sa_column=_json())
+    spec_sha256: str = Field(sa_column=_text())
+    idempotency_key: str | None = Field(default=None, sa_column=_text(nullable=True))
+    created_by: str = Field(default="", sa_column=_text())
+    created_at: datetime = Field(default=None, sa_column=_time(nullable=False, now=True))
+
+
+class SweepTrial(Table, table=True):
+    """One job of a sweep, and what is particular to it."""
+
+    __tablename__ = "sweep_trials"
+    __table_args__ = (
+        CheckConstraint("number >= 1", name="number"),
+        Index("uq_sweep_trials_job", "job_id", unique=True),
+    )
+    sweep_id: str = Field(sa_column=_ref("sweeps.id", primary_key=True))
+    number: int = Field(primary_key=True)
+    job_id: str = Field(sa_column=_ref("jobs.id"))
+    parameters: dict[str, Any] = Field(sa_column=_json())
 
 
 class Leader(Table, table=True):

@@ -104,6 +104,10 @@ class JobDetail(JobView):
     rows_done: int | None = None
     row_errors: int | None = None
 
+    @property
+    def over(self) -> bool:
+        return self.state.terminal
+
 
 class EventView(View):
     id: int
@@ -135,6 +139,8 @@ class CheckpointView(View):
     attempt_id: str
     step: int
     size: int
+    best: bool = False
+    """The best model that was evaluated up to its step; kept for early stopping to deliver."""
     path: str
     created_at: datetime
 
@@ -147,6 +153,53 @@ class ArtifactView(View):
     sha256: str
     path: str
     """On the service's own disk; over HTTP use the download address."""
+    created_at: datetime
+
+
+class TrialView(View):
+    """One job of a sweep. ``value`` is of the sweep's metric, once the job has succeeded."""
+
+    number: int
+    job_id: str
+    state: JobState
+    parameters: dict[str, Any]
+    value: float | None = None
+    metrics: dict[str, float] = {}
+
+
+class SweepView(View):
+    id: str
+    name: str | None = None
+    metric: str | None = None
+    """What the best trial is best in; not known before a trial has succeeded, unless it was given."""
+    goal: str | None = None
+    states: dict[str, int]
+    """Trials by state."""
+    best: TrialView | None = None
+    created_at: datetime
+
+    @property
+    def over(self) -> bool:
+        return all(JobState(state).terminal for state in self.states)
+
+
+class SweepDetail(SweepView):
+    spec: dict[str, Any]
+    trials: list[TrialView]
+
+
+class ModelView(View):
+    """A version of a published model. Its files are the artifacts ``model/…`` of ``job_id``."""
+
+    name: str
+    version: int
+    reference: str
+    """What specs name: ``name@version``."""
+    job_id: str
+    task: str
+    stage: str | None = None
+    metrics: dict[str, Any] = {}
+    tags: list[str] = []
     created_at: datetime
 
 

@@ -129,14 +129,16 @@ class DeviceService:
         }
 
     def drain(self) -> None:
-        """Take nothing new; give what runs ``drain_grace`` seconds; then end it, to be tried again
-        elsewhere at no cost of a try. Leaves no process, and says goodbye in the store."""
+        """Take nothing new; give what runs ``drain_grace`` seconds, in which a training makes a
+        checkpoint and leaves; then end what still runs. Either is tried again elsewhere at no cost of
+        a try. Leaves no process, and says goodbye in the store."""
         with self._changed:
             self._draining = True
         if self._site is None:
             self._give_up.set()
             return
         self._try(drain_device)
+        self._ask_back()
         if not self._idle_within(self.settings.drain_grace, self._hurried):
             self._preempt()
             # Beyond the grace of the ranks: what a store that answers needs for the last reports.
@@ -154,13 +156,23 @@ class DeviceService:
         with self._changed:
             self._changed.notify_all()
 
+    def _ask_back(self) -> None:
+        with self._changed:
+            running = self._running
+        if running is not None:
+            running.ask_back(self._why_stopped, self.settings.drain_grace)
+
     def _preempt(self) -> None:
         with self._changed:
             running = self._running
         if running is not None:
             log.info("the running attempt is ended and will be tried again")
-            message = f"the worker of {self.device.id} was stopped"
-            running.inbox.end_with(failed(FailureClass.PREEMPTED, "drained", message))
+            end = failed(FailureClass.PREEMPTED, "drained", self._why_stopped)
+            running.inbox.end_with(end)
+
+    @property
+    def _why_stopped(self) -> str:
+        return f"the worker of {self.device.id} was stopped"
 
     def _idle_within(self, seconds: float, hurried: threading.Event | None) -> bool:
         deadline = time.monotonic() + seconds

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from gpuyard.cli import fleet, jobs, serve, submit, transfers
+from gpuyard.cli import fleet, jobs, models, serve, submit, sweeps, transfers
 from gpuyard.cli.command import EXIT_CODES, ApiKey, Exit, Json, Url
 from gpuyard.cli.session import Session
 
@@ -25,7 +25,9 @@ def build() -> typer.Typer:
     app.callback(epilog=EXIT_CODES)(_common)
     submit.register(app)
     jobs.register(app)
+    sweeps.register(app)
     transfers.register(app)
+    models.register(app)
     fleet.register(app)
     serve.register(app)
     return app

@@ -15,11 +15,15 @@ from shared.lifecycle import AttemptState, JobState
 from shared.views import (
     ArtifactView,
     AttemptView,
+    CheckpointView,
     DeviceView,
     EventView,
     FileView,
     JobDetail,
     JobView,
+    ModelView,
+    SweepDetail,
+    SweepView,
     WorkerView,
 )
 
@@ -235,13 +239,20 @@ def needs(requirements: dict[str, Any]) -> str:
 
 def summary(job: JobView) -> str:
     """The numbers a job ended with."""
-    return " · ".join(
+    came_to = job.summary or {}
+    parts = [
         f"{name.replace('_', ' ')} {number(value)}"
-        for name, value in (job.summary or {}).items()
+        for name, value in came_to.items()
         if isinstance(value, int | float | str)
         and not isinstance(value, bool)
         and name != "done"  # of a batch job that ended well: all rows
-    )
+    ]
+    if came_to.get("stopped_early"):
+        parts.append("stopped early")
+    if best := came_to.get("best"):
+        what = str(best["metric"]).replace("_", " ")
+        parts.append(f"best {what} {number(best['value'])} at step {best['step']}")
+    return " · ".join(parts)
 
 
 def pace(job: JobDetail, rows_per_second: float | None = None) -> str:
@@ -302,6 +313,78 @@ def event(item: EventView) -> Text:
     return Text.assemble((clock(item.at), "dim"), "  ", _one_line(item.message))
 
 
+def sweeps(console: Console, items: Sequence[SweepView]) -> Table:
+    columns = [
+        Column("SWEEP", whole=True),
+        Column("TRIALS", whole=True),
+        Column("BEST", 80),
+        Column("AGE", 70),
+        Column("NAME", 60),
+    ]
+    rows = [(s.id, standing(s), best(s), age(s.created_at), s.name or "") for s in items]
+    return table(console, columns, rows)
+
+
+def standing(sweep: SweepView) -> str:
+    """``3 succeeded, 1 running``."""
+    return ", ".join(f"{count} {name}" for name, count in sorted(sweep.states.items()))
+
+
+def best(sweep: SweepView) -> str:
+    """``trial 2: accuracy 0.9125``; empty before one has succeeded."""
+    if sweep.best is None:
+        return ""
+    return f"trial {sweep.best.number}: {sweep.metric} {sweep.best.value:.4g}"
+
+
+def trials(console: Console, sweep: SweepDetail) -> Table:
+    """One line a trial: what differs, how it stands, what it came to."""
+    fields = list(dict.fromkeys(field for trial in sweep.trials for field in trial.parameters))
+    columns = [
+        Column("TRIAL", whole=True, right=True),
+        *(Column(field.rpartition(".")[2].upper(), whole=True) for field in fields),
+        Column("STATE", whole=True),
+        Column((sweep.metric or "metric").upper(), whole=True, right=True),
+        Column("JOB", 90),
+    ]
+    rows = []
+    for trial in sweep.trials:
+        chosen = sweep.best is not None and trial.number == sweep.best.number
+        value = "" if trial.value is None else f"{trial.value:.4g}"
+        rows.append(
+            (
+                trial.number,
+                *(_setting(trial.parameters.get(field)) for field in fields),
+                state(trial.state),
+                Text(f"{value} best", style="green") if chosen else value,
+                trial.job_id,
+            )
+        )
+    return table(console, columns, rows)
+
+
+def _setting(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def models(console: Console, items: Sequence[ModelView]) -> Table:
+    columns = [
+        Column("MODEL", whole=True),
+        Column("STAGE", 50),
+        Column("TASK", 70),
+        Column("METRICS", 90),
+        Column("AGE", 80),
+        Column("TAGS", 120),
+        Column("JOB", 110),
+    ]
+    rows = []
+    for m in items:
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in list(m.metrics.items())[:3])
+        tags = ", ".join(m.tags)
+        rows.append((m.reference, m.stage or "-", m.task, shown, age(m.created_at), tags, m.job_id))
+    return table(console, columns, rows)
+
+
 def files(console: Console, items: Sequence[FileView]) -> Table:
     columns = [
         Column("FILE", whole=True),
@@ -323,6 +406,22 @@ def artifacts(console: Console, items: Sequence[ArtifactView]) -> Table:
         Column("PATH ON THE SERVICE", 140),
     ]
     rows = [(a.name, a.kind, size(a.size), a.sha256[:16], a.path) for a in items]
+    return table(console, columns, rows)
+
+
+def checkpoints(console: Console, items: Sequence[CheckpointView]) -> Table:
+    columns = [
+        Column("CHECKPOINT", whole=True),
+        Column("STEP", whole=True, right=True),
+        Column("BEST", whole=True),
+        Column("SIZE", 60, right=True),
+        Column("AGE", 80),
+        Column("PATH ON THE SERVICE", 140),
+    ]
+    rows = [
+        (c.id, c.step, "best" if c.best else "", size(c.size), age(c.created_at), c.path)
+        for c in items
+    ]
     return table(console, columns, rows)
 
 

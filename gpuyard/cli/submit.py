@@ -44,10 +44,14 @@ def submit(
     ] = None,
     *,
     kind: Annotated[str | None, _what("train or infer; mostly seen from the data.")] = None,
-    task: Annotated[str | None, _what("text-classification or text-generation.")] = None,
+    task: Annotated[
+        str | None, _what("text-classification, text-generation, embeddings, …")
+    ] = None,
     model: Annotated[str | None, _what("Of the service, or job:<id>.", "--model", "-m")] = None,
     name: Annotated[str | None, _what("A label of your own.")] = None,
-    train: Annotated[str | None, _data("Labelled JSONL to train on.", metavar="FILE")] = None,
+    train: Annotated[
+        str | None, _data("What to train on: JSONL, CSV, TSV, Parquet or text.", metavar="FILE")
+    ] = None,
     validation: Annotated[str | None, _data("And to evaluate on.", metavar="FILE")] = None,
     validation_split: Annotated[float | None, _data("Or this share of the first.")] = None,
     input: Annotated[
@@ -97,7 +101,8 @@ def submit(
     """
     base = specs.read_spec(spec) if spec else {}
     infer = bool(input or prompt) or (kind or base.get("kind")) == "infer"
-    classify = (task or base.get("task")) == "text-classification"
+    generate = (task or base.get("task") or "text-generation") == "text-generation"
+    column = text_column or base.get("text_column") or ("prompt" if generate else "text")
     flags: dict[str, Any] = {
         "kind": kind,
         "task": task or ("text-generation" if prompt and "task" not in base else None),
@@ -107,7 +112,7 @@ def submit(
         "data.validation": validation,
         "data.validation_split": validation_split,
         "input": input,
-        "rows": [{"text" if classify else "prompt": text} for text in prompt or ()] or None,
+        "rows": [{column: text} for text in prompt or ()] or None,
         "text_column" if infer else "data.columns.text": text_column,
         "data.columns.label": label_column,
         "hyperparameters.epochs": epochs,

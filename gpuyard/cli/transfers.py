@@ -26,6 +26,7 @@ JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="For instance jo
 
 
 def register(app: typer.Typer) -> None:
+    command(app)(checkpoints)
     command(app)(artifacts)
     command(app)(download)
     group = typer.Typer(help="List uploaded files; `files upload` adds some.")
@@ -93,6 +94,18 @@ def upload(
         else:
             write(file.id + "\n")
             session.say(f"{file.name}, {render.size(file.size)}", style="dim")
+
+
+def checkpoints(session: Session, job: JobArgument) -> None:
+    """List the checkpoints of a training job, newest first; the best model is marked."""
+    found = session.client.checkpoints(job)
+    if session.json:
+        for checkpoint in found:
+            session.emit(checkpoint)
+    elif found:
+        session.out.print(render.checkpoints(session.out, found))
+    else:
+        session.say("no checkpoints yet")
 
 
 def artifacts(session: Session, job: JobArgument) -> None:

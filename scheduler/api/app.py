@@ -11,7 +11,17 @@ from fastapi.openapi.utils import get_openapi
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 
-from scheduler.api import artifacts, examples, files, fleet, health, jobs, results
+from scheduler.api import (
+    artifacts,
+    examples,
+    files,
+    fleet,
+    health,
+    jobs,
+    models,
+    results,
+    sweeps,
+)
 from scheduler.api.auth import require_key
 from scheduler.api.context import Context
 from scheduler.api.documentation import ASSETS, install_documentation
@@ -35,8 +45,10 @@ Lists are pages, newest first: pass `next` as `cursor`.
 """
 _TAGS = [
     {"name": "jobs", "description": "Submit, list, look at, follow and cancel."},
+    {"name": "sweeps", "description": "Many trials of one training, and the best of them."},
     {"name": "results", "description": "Rows of batch jobs, also while they run."},
     {"name": "artifacts", "description": "Checkpoints and deliverables."},
+    {"name": "models", "description": "Names and versions of what training jobs made."},
     {"name": "files", "description": "Uploads that specs can name."},
     {"name": "fleet", "description": "Devices and workers."},
     {"name": "health", "description": "For monitors; needs no key."},
@@ -73,7 +85,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     v1 = APIRouter(
         prefix="/v1", dependencies=[Depends(require_key)], responses=responses(401, 422, 503)
     )
-    for part in (jobs, results, artifacts, files, fleet):
+    for part in (jobs, sweeps, results, artifacts, models, files, fleet):
         v1.include_router(part.router)
     app.include_router(v1)
     app.include_router(health.router)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shared.specs import InferSpec, TrainSpec, parse_spec
+from shared.sweeps import SweepSpec
 
 TRAIN: dict[str, Any] = {
     "kind": "train",
@@ -27,6 +28,35 @@ GENERATE: dict[str, Any] = {
     "model": "smollm2",
     "rows": [{"prompt": "The capital of France is"}],
     "generation": {"max_new_tokens": 20},
+}
+TAG: dict[str, Any] = {
+    "kind": "infer",
+    "task": "token-classification",
+    "model": "job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
+    "rows": [{"tokens": ["Angela", "visited", "Paris"]}, {"text": "Angela visited Paris."}],
+}
+FILL: dict[str, Any] = {
+    "kind": "infer",
+    "task": "fill-mask",
+    "model": "roberta",
+    "rows": [{"text": "The capital of France is [MASK]."}],
+    "top_k_labels": 5,
+}
+EMBED: dict[str, Any] = {
+    "kind": "infer",
+    "task": "embeddings",
+    "model": "minilm",
+    "input": "file_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
+    "embedding": {"pooling": "mean"},
+    "too_long": "truncate",
+}
+SUMMARIZE: dict[str, Any] = {
+    "kind": "infer",
+    "task": "summarization",
+    "model": "bart",
+    "input": "file_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
+    "text_column": "article",
+    "generation": {"max_new_tokens": 80},
 }
 JOB: dict[str, Any] = {
     "id": "job_01JD2V5N0W8R4QK7T9Y3ZB6XEM",
@@ -99,7 +129,25 @@ JOB_BODY: dict[str, Any] = {
                 "train": {"summary": "Fine-tune a classifier with DDP", "value": TRAIN},
                 "classify": {"summary": "Classify with the model just made", "value": CLASSIFY},
                 "generate": {"summary": "Generate from a few prompts", "value": GENERATE},
+                "tag": {"summary": "Find names in words and in texts", "value": TAG},
+                "fill": {"summary": "Fill masks", "value": FILL},
+                "embed": {"summary": "A vector for each text", "value": EMBED},
+                "summarize": {"summary": "Summarize a column of a file", "value": SUMMARIZE},
             },
+        }
+    },
+}
+SWEEP = {
+    "name": "which rate",
+    "spec": TRAIN,
+    "parameters": {"hyperparameters.learning_rate": [1e-4, 3e-4], "hyperparameters.seed": [1, 2]},
+}
+SWEEP_BODY: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {"$ref": "#/components/schemas/SweepSpec"},
+            "examples": {"grid": {"summary": "Two rates, two seeds each", "value": SWEEP}},
         }
     },
 }
@@ -127,7 +175,7 @@ EVENT_STREAM = (
 def spec_schemas() -> dict[str, Any]:
     """The JSON schemas of the specs, as components of the OpenAPI document."""
     schemas: dict[str, Any] = {}
-    for model in (TrainSpec, InferSpec):
+    for model in (TrainSpec, InferSpec, SweepSpec):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= schema.pop("$defs", {})
         schemas[model.__name__] = schema

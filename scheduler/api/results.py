@@ -30,6 +30,17 @@ _EXAMPLE = (
     '{"row":0,"id":null,"output":{"label":"person","score":0.97,"labels":[{"label":"person",'
     '"score":0.97}]},"error":null,"usage":{"input_tokens":12,"output_tokens":0}}\n'
 )
+_OUTPUTS = """`output` is, by task:
+
+| task | output |
+| --- | --- |
+| `text-classification` | `{"label", "score", "labels": [{"label", "score"}, …]}` |
+| `token-classification` | of words `{"tags": […], "scores": […], "entities": […]}`, of a text `{"entities": […]}`; \
+an entity is `{"label", "score", "start", "end", "text"}`, counted in words or in characters |
+| `fill-mask` | `{"masks": [{"tokens": [{"token", "score"}, …]}, …], "text"}` |
+| `embeddings` | `{"embedding": […], "dimensions"}` |
+| `text-generation`, `text2text`, `summarization` | `{"text", "finish_reason"}`: `stop` or `length` |
+"""
 
 
 @router.get(
@@ -39,7 +50,7 @@ _EXAMPLE = (
     responses={
         200: {
             "content": {"application/x-ndjson": {"example": _EXAMPLE}},
-            "description": "One result a line, in input order.",
+            "description": "One result a line, in input order. " + _OUTPUTS,
             "headers": {
                 "X-Rows-Total": {
                     "description": "Rows of the input.",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from shared.lifecycle import AttemptState, FailureClass, JobState, LeaseState
 from shared.store.read import DeviceRow
+from shared.store.sweeps import TrialRow
+from shared.sweeps import best_of
 from shared.tables import (
     Artifact,
     Attempt,
@@ -17,6 +20,8 @@ from shared.tables import (
     Lease,
     LogChunk,
     Metric,
+    PublishedModel,
+    Sweep,
     Worker,
 )
 from shared.views import (
@@ -31,8 +36,11 @@ from shared.views import (
     JobView,
     LogView,
     MetricView,
+    ModelView,
     ProgressView,
     RankView,
+    SweepDetail,
+    TrialView,
     WorkerView,
 )
 
@@ -75,7 +83,7 @@ def _job_fields(job: Job) -> dict[str, Any]:
         "kind": job.kind,
         "task": job.task,
         "name": job.name,
-        "model": job.spec["model"],
+        "model": _model(job.spec),
         "state": JobState(job.state),
         "priority": job.priority,
         "waiting_reason": job.waiting_reason,
@@ -86,6 +94,11 @@ def _job_fields(job: Job) -> dict[str, Any]:
         "started_at": job.started_at,
         "finished_at": job.finished_at,
     }
+
+
+def _model(spec: dict[str, Any]) -> str:
+    architecture = spec.get("architecture")
+    return f"new {architecture['type']}" if architecture else str(spec["model"])
 
 
 def progress_view(job: Job) -> ProgressView | None:
@@ -143,7 +156,7 @@ def metric_view(metric: Metric) -> MetricView:
 
 
 def checkpoint_view(checkpoint: Checkpoint) -> CheckpointView:
-    return CheckpointView(**checkpoint.model_dump())
+    return CheckpointView(**checkpoint.model_dump(), best=checkpoint.best)
 
 
 def artifact_view(artifact: Artifact) -> ArtifactView:
@@ -169,3 +182,52 @@ def device_view(row: DeviceRow, device_timeout: float) -> DeviceView:
 
 def worker_view(worker: Worker) -> WorkerView:
     return WorkerView(**worker.model_dump())
+
+
+def model_view(model: PublishedModel) -> ModelView:
+    return ModelView(
+        name=model.name,
+        version=model.version,
+        reference=f"{model.name}@{model.version}",
+        job_id=model.job_id,
+        task=model.task,
+        stage=model.stage,
+        metrics=model.metrics,
+        tags=model.tags,
+        created_at=model.created_at,
+    )
+
+
+def sweep_detail(sweep: Sweep, rows: Sequence[TrialRow]) -> SweepDetail:
+    """A sweep with its trials, and the best of those that succeeded."""
+    metric, goal = sweep.spec.get("metric"), sweep.spec.get("goal")
+    for row in rows:
+        objective = (row.job.summary or {}).get("objective")
+        if metric is None and objective:
+            metric, goal = objective["metric"], objective["goal"]
+    trials = [_trial_view(row, metric) for row in rows]
+    best = best_of([(trial.number, trial.value) for trial in trials], goal or "maximize")
+    return SweepDetail(
+        id=sweep.id,
+        name=sweep.name,
+        metric=metric,
+        goal=goal,
+        states=dict(Counter(str(trial.state) for trial in trials)),
+        best=next((trial for trial in trials if trial.number == best), None),
+        created_at=sweep.created_at,
+        spec=sweep.spec,
+        trials=trials,
+    )
+
+
+def _trial_view(row: TrialRow, metric: str | None) -> TrialView:
+    succeeded = row.job.state == JobState.SUCCEEDED
+    metrics = (row.job.summary or {}).get("metrics") or {} if succeeded else {}
+    return TrialView(
+        number=row.trial.number,
+        job_id=row.job.id,
+        state=JobState(row.job.state),
+        parameters=row.trial.parameters,
+        value=metrics.get(metric) if metric else None,
+        metrics=metrics,
+    )

@@ -1,10 +1,11 @@
 """Step 1 of a job's life, before its row: everything that can be known to be wrong is said now.
 
 ``paths`` decides what may be read, ``models`` looks a model folder over (without torch), ``data``
-reads training data line by line, ``requirements`` says what each device must have, and ``submit``
-puts them in order and inserts the job.
+reads training data row by row, ``requirements`` says what each device must have, and ``submit``
+puts them in order and inserts the job; ``sweep`` does so for many at once.
 """
 
 from scheduler.submission.submit import submit
+from scheduler.submission.sweep import submit_sweep
 
-__all__ = ["submit"]
+__all__ = ["submit", "submit_sweep"]

@@ -1,27 +1,27 @@
 """The data a spec names: found, allowed, and looked through as far as submission can.
 
-Training data is read line by line, because a wrong line would end the job on its devices much
+Training data is read row by row, because a wrong line would end the job on its devices much
 later. The rows of a batch job are only counted and cut: a bad row is that row's error, not the
 job's.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from scheduler.submission.paths import allowed_data_file, printable, readable_file
 from shared import ids
 from shared.errors import DataError
+from shared.examples import read_examples
+from shared.formats import DataFile, format_of
 from shared.messages import Shard
+from shared.records import BadRow
 from shared.resolved import ResolvedInput
 from shared.rows import MAX_LINE_BYTES, cut_into_shards
 from shared.settings import Settings
-from shared.specs import InferSpec, TextColumns, TrainSpec
+from shared.specs import PLAIN_TEXT_TASKS, TASK_COLUMNS, InferSpec, TrainSpec
 from shared.store import Store, read
 
 _LINE_LIMIT = 8 * MAX_LINE_BYTES
@@ -39,41 +39,58 @@ class Inputs:
     shards: tuple[Shard, ...] = ()
 
 
-@dataclass(slots=True)
-class _Labelled:
-    """What a scan of labelled data found."""
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A file that a spec names."""
 
+    path: Path
+    own_name: str
+    """As its user wrote it, whatever it is stored as."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return printable(self.own_name)
+
+
+@dataclass(slots=True)
+class _Scanned:
+    """What a scan of training data found."""
+
+    file: DataFile
+    name: str
     rows: int = 0
     whole: bool = True
     """Not cut short by the scan limit."""
     longest: int = 0
     labels: dict[str, int] = field(default_factory=dict)
-    """Label: the line it was first seen on."""
-    counts: Counter[str] = field(default_factory=Counter)
+    """Label or tag: the line it was first seen on."""
+    counts: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    """Rows by their labels: a split takes its share of each."""
 
 
 def resolve_training_data(store: Store, settings: Settings, spec: TrainSpec) -> Inputs:
     """The files of a training job, read through up to ``settings.max_scan_bytes`` each.
 
     Raises:
-        DataError: missing, unreadable, no rows, fewer than two labels, a line that is no JSON
-            object, lacks a column or has the wrong type in one, a label that training lacks.
+        DataError: missing, unreadable, of a format that the task cannot read, no rows, fewer than
+            two labels, a row that the task cannot read, a label that training lacks.
         PathNotAllowed: outside the allowed folders.
     """
-    limit, columns = settings.max_scan_bytes, spec.data.columns
-    train_path, train_name = find_file(store, settings, spec.data.train, param="data.train")
-    train = _scan(train_path, train_name, columns, limit, param="data.train")
-    _check_training(train, train_name, spec)
-    files = {"train": _resolved(train_path, train)}
+    limit = settings.max_scan_bytes
+    found = _find_file(store, settings, spec.data.train, param="data.train")
+    train = _scan(found, spec, limit, param="data.train")
+    _check_training(train, spec)
+    files = {"train": _resolved(train)}
     longest = train.longest if train.whole else None
     if spec.data.validation is not None:
         param = "data.validation"
-        path, name = find_file(store, settings, spec.data.validation, param=param)
-        found = _scan(path, name, columns, limit, param=param)
-        _check_validation(found, name, train)
-        files["validation"] = _resolved(path, found)
-        whole = longest is not None and found.whole
-        longest = max(train.longest, found.longest) if whole else None
+        found = _find_file(store, settings, spec.data.validation, param=param)
+        validation = _scan(found, spec, limit, param=param)
+        _check_validation(validation, train)
+        files["validation"] = _resolved(validation)
+        whole = longest is not None and validation.whole
+        longest = max(train.longest, validation.longest) if whole else None
     return Inputs(files, longest)
 
 
@@ -84,7 +101,8 @@ def resolve_rows(store: Store, settings: Settings, spec: InferSpec) -> Inputs:
         DataError: missing, unreadable, or without a row.
         PathNotAllowed: outside the allowed folders.
     """
-    path, name = find_file(store, settings, spec.input or "", param="input")
+    found = _find_file(store, settings, spec.input or "", param="input")
+    path, name = found.path, found.name
     longest = _longest_line(path)
     if longest > _LINE_LIMIT:
         raise DataError(
@@ -100,8 +118,8 @@ def resolve_rows(store: Store, settings: Settings, spec: InferSpec) -> Inputs:
     return Inputs({"input": ResolvedInput(path=str(path), size=size, rows=rows)}, longest, shards)
 
 
-def find_file(store: Store, settings: Settings, reference: str, *, param: str) -> tuple[Path, str]:
-    """(path, name for people) behind ``file_…`` or an absolute path.
+def _find_file(store: Store, settings: Settings, reference: str, *, param: str) -> _Found:
+    """The file behind ``file_…`` or an absolute path.
 
     Raises:
         DataError: there is no such file.
@@ -109,7 +127,7 @@ def find_file(store: Store, settings: Settings, reference: str, *, param: str) -
     """
     if not reference.startswith("file_"):
         path = allowed_data_file(settings, reference, param=param)
-        return path, printable(path.name)
+        return _Found(path, Path(reference).name)
     file = store.call(read.get_file, reference) if ids.is_id(reference, ids.FILE) else None
     if file is None:
         raise DataError(
@@ -118,30 +136,29 @@ def find_file(store: Store, settings: Settings, reference: str, *, param: str) -
             hint="Upload it first (`gpuyard files upload PATH`), or give an absolute path.",
         )
     path = readable_file(settings.data / file.path, shown=reference, param=param)
-    return path, printable(file.name)
+    return _Found(path, file.name)
 
 
-def _resolved(path: Path, found: _Labelled) -> ResolvedInput:
-    rows = found.rows if found.whole else None
-    return ResolvedInput(path=str(path), size=path.stat().st_size, rows=rows)
+def _resolved(found: _Scanned) -> ResolvedInput:
+    path, rows = found.file.path, found.rows if found.whole else None
+    size = path.stat().st_size
+    return ResolvedInput(path=str(path), size=size, format=found.file.format, rows=rows)
 
 
-def _check_training(train: _Labelled, name: str, spec: TrainSpec) -> None:
+def _check_training(train: _Scanned, spec: TrainSpec) -> None:
     if not train.rows:
-        raise DataError(f"'{name}' has no rows", param="data.train")
+        raise DataError(f"'{train.name}' has no rows", param="data.train")
     if not train.whole:
         return
-    if len(train.labels) < 2:
-        only = next(iter(train.labels))
+    if spec.task == "embeddings" and train.rows < 2:
         raise DataError(
-            f"'{name}' has only one label ('{printable(only, 60)}'): there is nothing to learn",
-            param="data.train",
-            hint=f"Check that column '{spec.data.columns.label}' is the label.",
+            f"'{train.name}' has one pair: there is no other to tell it from", param="data.train"
         )
+    _check_labels(train, spec)
     split = spec.data.validation_split
     # Split off label by label, as the training rank does.
     if split is not None and not any(
-        min(round(count * split), count - 1) for count in train.counts.values()
+        min(round(count * split), count - 1) for count in _strata(train, spec)
     ):
         raise DataError(
             f"validation_split {split:g} of {train.rows} rows leaves none for validation",
@@ -150,90 +167,93 @@ def _check_training(train: _Labelled, name: str, spec: TrainSpec) -> None:
         )
 
 
-def _check_validation(found: _Labelled, name: str, train: _Labelled) -> None:
+def _check_labels(train: _Scanned, spec: TrainSpec) -> None:
+    least = _labels_needed(spec)
+    if len(train.labels) >= least:
+        return
+    column = spec.data.columns.tags if spec.task == "token-classification" else None
+    column = column or spec.data.columns.label
+    if not train.labels:
+        raise DataError(
+            f"'{train.name}' has no label in any row: there is nothing to learn",
+            param="data.train",
+            hint=f"Check that column '{column}' holds the labels.",
+        )
+    only = next(iter(train.labels))
+    raise DataError(
+        f"'{train.name}' has only one label ('{printable(only, 60)}'): there is nothing to learn",
+        param="data.train",
+        hint=f"Check that column '{column}' is the label.",
+    )
+
+
+def _labels_needed(spec: TrainSpec) -> int:
+    """Different labels without which there is nothing to tell apart."""
+    if spec.task == "token-classification":
+        return 2
+    if spec.task != "text-classification":
+        return 0
+    return {"single-label": 2, "multi-label": 1, "regression": 0}[spec.problem]
+
+
+def _strata(train: _Scanned, spec: TrainSpec) -> list[int]:
+    """Rows of each group that a split takes its share of: by label where a text has one."""
+    if spec.task == "text-classification" and spec.problem == "single-label":
+        return list(train.counts.values())
+    return [train.rows]
+
+
+def _check_validation(found: _Scanned, train: _Scanned) -> None:
     if not found.rows:
-        raise DataError(f"'{name}' has no rows", param="data.validation")
+        raise DataError(f"'{found.name}' has no rows", param="data.validation")
     unknown = [label for label in found.labels if label not in train.labels]
     if unknown and train.whole:
         raise DataError(
-            f"'{name}' line {found.labels[unknown[0]]}: label '{printable(unknown[0], 60)}' "
-            "does not occur in the training data",
+            f"'{found.name}' {found.file.unit} {found.labels[unknown[0]]}: label "
+            f"'{printable(unknown[0], 60)}' does not occur in the training data",
             param="data.validation",
             hint=f"{len(unknown)} label(s) are unknown to training: it could never predict them.",
         )
 
 
-def _scan(path: Path, name: str, columns: TextColumns, limit: int, *, param: str) -> _Labelled:
-    found = _Labelled()
-    for number, line in _lines(path, name, limit, found, param=param):
-        where = f"'{name}' line {number}"
-        text, label = _labelled(line, where, columns, number == 1, param=param)
-        found.rows += 1
-        found.longest = max(found.longest, len(text.encode(errors="replace")))
-        found.labels.setdefault(label, number)
-        found.counts[label] += 1
+def _scan(file: _Found, spec: TrainSpec, limit: int, *, param: str) -> _Scanned:
+    found, seen = _Scanned(_as_read(file, spec, param=param), file.name), 0
+    try:
+        for placed in read_examples(found.file, spec):
+            if seen >= limit:
+                found.whole = False
+                break
+            example = placed.example
+            found.rows += 1
+            found.longest = max(found.longest, example.size)
+            for label in example.labels:
+                found.labels.setdefault(label, placed.line)
+            if spec.task == "text-classification":
+                found.counts[example.labels] += 1
+            seen += placed.size
+    except BadRow as problem:
+        place = f" {found.file.unit} {problem.line}" if problem.line else ""
+        raise DataError(
+            f"'{file.name}'{place}: {printable(problem.message, 400)}",
+            param=param,
+            hint=problem.hint,
+        ) from None
+    except OSError as error:
+        raise DataError(f"'{file.name}' cannot be read: {error.strerror}", param=param) from None
     return found
 
 
-def _lines(
-    path: Path, name: str, limit: int, found: _Labelled, *, param: str
-) -> Iterator[tuple[int, bytes]]:
-    read_bytes = number = 0
-    with path.open("rb") as file:
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(
-                    f"'{name}' line {number} is longer than {MAX_LINE_BYTES} bytes", param=param
-                )
-            if line.strip():
-                yield number, line
-            read_bytes += len(line)
-            if read_bytes >= limit:
-                found.whole = not file.read(1)
-                return
-
-
-def _labelled(
-    line: bytes, where: str, columns: TextColumns, first: bool, *, param: str
-) -> tuple[str, str]:
-    try:
-        row: Any = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
+def _as_read(file: _Found, spec: TrainSpec, *, param: str) -> DataFile:
+    """Raises DataError for plain text where the task needs columns."""
+    format = format_of(file.own_name) if spec.data.format == "auto" else spec.data.format
+    if format == "text" and spec.task not in PLAIN_TEXT_TASKS:
         raise DataError(
-            f"{where} is not UTF-8 (byte {error.start})",
+            f"'{file.name}' is plain text by its name, and task '{spec.task}' reads the columns "
+            f"{', '.join(TASK_COLUMNS[spec.task])}",
             param=param,
-            hint="Save the file as UTF-8.",
-        ) from None
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{where} is no JSON: {error.msg} at column {error.colno}",
-            param=param,
-            hint="The file must be JSONL: one JSON object a line.",
-        ) from None
-    except (ValueError, RecursionError):
-        raise DataError(f"{where} is no JSON that can be read", param=param) from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where} is no JSON object but {_kind(row)}", param=param)
-    for column, key in ((columns.text, "text"), (columns.label, "label")):
-        if column not in row:
-            has = ", ".join(printable(str(k), 40) for k in list(row)[:8]) or "nothing"
-            raise DataError(
-                f"{where} has no column '{printable(column, 60)}'; it has {has}",
-                param=param,
-                hint=f'Name your column with data.columns: {{"{key}": "<your column>"}}.',
-            )
-    text, label = row[columns.text], row[columns.label]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{where}: column '{columns.text}' must be a string, not {_kind(text)}", param=param
+            hint="If it is JSONL or CSV all the same, say so with data.format.",
         )
-    if isinstance(label, bool) or not isinstance(label, str | int):
-        raise DataError(
-            f"{where}: column '{columns.label}' must be a string or an integer, not {_kind(label)}",
-            param=param,
-        )
-    return text, str(label)
+    return DataFile(file.path, format)
 
 
 def _longest_line(path: Path) -> int:
@@ -251,8 +271,3 @@ def _longest_line(path: Path) -> int:
                 )
                 current = len(rest[-1])
     return max(longest, current)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
-    return "null" if value is None else names.get(type(value), "a number")

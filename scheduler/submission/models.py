@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from scheduler.footprint import ModelShape
+from scheduler.submission.architectures import SEQ2SEQ_TYPES, why_unsuitable
 from scheduler.submission.paths import inside, printable, resolved
+from scheduler.submission.scratch import shape_of
 from scheduler.submission.weights import read_tensors
 from shared import ids
-from shared.errors import ModelNotFound, PathNotAllowed, UnsupportedModel
+from shared.errors import InvalidRequest, ModelNotFound, PathNotAllowed, UnsupportedModel
 from shared.lifecycle import JobState
 from shared.resolved import ResolvedModel
 from shared.settings import Settings
-from shared.specs import InferSpec, TrainSpec
+from shared.specs import MODEL_NAME, InferSpec, TrainSpec
 from shared.store import Store, read
-from shared.tables import Artifact, Job
+from shared.store.models import find_model, list_versions
+from shared.tables import Artifact, Job, PublishedModel
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,16 +37,8 @@ TOKENIZER_FILES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
-_ENCODERS = """
-    albert bert big_bird camembert convbert data2vec-text deberta deberta-v2
-    distilbert electra ernie esm eurobert flaubert fnet ibert layoutlm longformer
-    megatron-bert mobilebert modernbert mpnet nezha nystromformer rembert roberta
-    roberta-prelayernorm roformer squeezebert xlm xlm-roberta xlm-roberta-xl xmod
-    yoso
-"""
-ENCODERS = frozenset(_ENCODERS.split())
-"""Model types that read a text whole: what can be fine-tuned under a classification head."""
 _CONFIG_LIMIT = 16 * 1024 * 1024
+_PUBLISHED = re.compile(f"({MODEL_NAME})@([a-z0-9]{{1,20}})")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
@@ -56,20 +51,56 @@ class FoundModel:
 
 
 def resolve_model(store: Store, settings: Settings, spec: TrainSpec | InferSpec) -> FoundModel:
-    """The model that ``spec.model`` names.
+    """The model that the spec names, or that it is to make from scratch.
 
     Raises:
         ModelNotFound: nothing of that name; the hint says where to put it or what is there.
         PathNotAllowed: a path outside the model roots.
         UnsupportedModel: it is there and cannot do the task, or is no complete safe folder.
     """
-    name = spec.model
+    if isinstance(spec, TrainSpec) and spec.architecture is not None:
+        shape, label = shape_of(spec.architecture), f"new-{spec.architecture.type}"
+        made = ResolvedModel(source="scratch", path="", label=label, parameters=shape.parameters)
+        return FoundModel(made, shape)
+    wanted = _Wanted(spec.model or "", spec.task, trains=spec.kind == "train")
+    return _resolve(store, settings, wanted)
+
+
+def resolve_teacher(store: Store, settings: Settings, spec: TrainSpec) -> FoundModel | None:
+    """The model that teaches, if one does. It has to do the task already.
+
+    Raises:
+        ModelNotFound, PathNotAllowed, UnsupportedModel: as ``resolve_model``; ``param`` is teacher.
+    """
+    if spec.teacher is None:
+        return None
+    try:
+        return _resolve(store, settings, _Wanted(spec.teacher, spec.task, trains=False))
+    except InvalidRequest as error:
+        error.param = "teacher"
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    name: str
+    task: str
+    trains: bool
+    """It may still lack the task's head."""
+
+
+def _resolve(store: Store, settings: Settings, wanted: _Wanted) -> FoundModel:
+    name = wanted.name
     if name.startswith("job:"):
         folder, label = _model_of_job(store, settings, name.removeprefix("job:"))
-        return _inspect(folder, label, "job", spec)
+        return _inspect(folder, label, "job", wanted)
+    if reference := _PUBLISHED.fullmatch(name):
+        model = _published(store, *reference.groups())
+        folder, _ = _model_of_job(store, settings, model.job_id)
+        return _inspect(folder, f"{model.name}@{model.version}", "job", wanted)
     found = _find_folder(settings, name)
     if found is not None:
-        return _inspect(found, found.name, "folder", spec)
+        return _inspect(found, found.name, "folder", wanted)
     if _HUB_ID.fullmatch(name) and settings.hub:
         label = name.rpartition("/")[2]
         return FoundModel(ResolvedModel(source="hub", path=name, label=label), None)
@@ -77,6 +108,18 @@ def resolve_model(store: Store, settings: Settings, spec: TrainSpec | InferSpec)
         f"there is no model '{printable(name)}'",
         param="model",
         hint=_where_models_are(settings, name),
+    )
+
+
+def _published(store: Store, name: str, which: str) -> PublishedModel:
+    model = store.call(find_model, name, which)
+    if model is not None:
+        return model
+    there = [f"{name}@{m.version}" for m in store.call(list_versions, name)]
+    raise ModelNotFound(
+        f"there is no published model '{name}@{which}'",
+        param="model",
+        hint=f"There are: {', '.join(there[:10])}." if there else "`gpuyard models` lists them.",
     )
 
 
@@ -158,16 +201,17 @@ def _job_and_artifacts(session: Any, job_id: str) -> tuple[Job | None, Sequence[
     return read.get_job(session, job_id), read.list_artifacts(session, job_id)
 
 
-def _inspect(folder: Path, label: str, source: Any, spec: TrainSpec | InferSpec) -> FoundModel:
-    config = _read_config(folder, spec.model)
-    _check_task(config, spec)
+def _inspect(folder: Path, label: str, source: Any, wanted: _Wanted) -> FoundModel:
+    name = wanted.name
+    config = _read_config(folder, name)
+    _check_task(config, wanted)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UnsupportedModel(
-            f"model '{printable(spec.model)}' has no tokenizer files",
+            f"model '{printable(name)}' has no tokenizer files",
             param="model",
             hint="tokenizer.save_pretrained(folder) writes them beside the model's.",
         )
-    tensors, stored = read_tensors(folder, spec.model)
+    tensors, stored = read_tensors(folder, name)
     shape = _shape(config, tensors, stored)
     where = ResolvedModel(source=source, path=str(folder), label=label, parameters=shape.parameters)
     return FoundModel(where, shape)
@@ -194,34 +238,12 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
     return config
 
 
-def _check_task(config: dict[str, Any], spec: TrainSpec | InferSpec) -> None:
-    made_as = [str(a) for a in config.get("architectures") or ()]
-    kind = str(config.get("model_type") or "")
-    what = made_as[0] if made_as else kind or "an unknown architecture"
-    name = printable(spec.model)
-    if spec.task == "text-generation":
-        causal = any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in made_as)
-        # BERT and kin carry `is_decoder: false` and see the future under such a head, too.
-        if not causal or (kind in ENCODERS and not config.get("is_decoder")):
-            raise UnsupportedModel(
-                f"model '{name}' is {what} and cannot generate text",
-                param="model",
-                hint="Choose a causal language model (GPT, Llama and kin).",
-            )
-        return
-    classifier = any(a.endswith("ForSequenceClassification") for a in made_as)
-    if spec.kind == "infer" and not classifier:
-        raise UnsupportedModel(
-            f"model '{name}' is {what}: it has no trained classification head",
-            param="model",
-            hint="Fine-tune it for text-classification first and use `job:<id>` of that job.",
-        )
-    if spec.kind == "train" and not classifier and kind not in ENCODERS:
-        raise UnsupportedModel(
-            f"model '{name}' is {what}: text-classification needs a BERT-type encoder",
-            param="model",
-            hint="For instance bert, distilbert, roberta, electra, mpnet or modernbert.",
-        )
+def _check_task(config: dict[str, Any], wanted: _Wanted) -> None:
+    problem = why_unsuitable(config, wanted.task, trains=wanted.trains)
+    if problem is not None:
+        what, hint = problem
+        message = f"model '{printable(wanted.name)}' is {what}"
+        raise UnsupportedModel(message, param="model", hint=hint)
 
 
 def _shape(config: dict[str, Any], tensors: tuple[tuple[str, int], ...], stored: int) -> ModelShape:
@@ -231,18 +253,27 @@ def _shape(config: dict[str, Any], tensors: tuple[tuple[str, int], ...], stored:
         return next(usable, default)
 
     hidden = number("hidden_size", "n_embd", "d_model", "dim", default=768)
-    heads = number("num_attention_heads", "n_head", "n_heads", default=12)
+    heads = number("num_attention_heads", "n_head", "n_heads", "num_heads", default=12)
+    layers = number("num_hidden_layers", "n_layer", "n_layers", "num_layers", default=12)
+    if config.get("model_type") in SEQ2SEQ_TYPES:
+        layers += number("num_decoder_layers", "decoder_layers", default=layers)
     return ModelShape(
         tensors=tensors,
         weight_bytes=stored,
         model_type=str(config.get("model_type") or ""),
         hidden=hidden,
-        layers=number("num_hidden_layers", "n_layer", "n_layers", "num_layers", default=12),
+        layers=layers,
         heads=heads,
         kv_heads=number("num_key_value_heads", default=heads),
-        head_dim=number("head_dim", default=max(1, hidden // heads)),
+        head_dim=number("head_dim", "d_kv", default=max(1, hidden // heads)),
         intermediate=number(
-            "intermediate_size", "n_inner", "hidden_dim", "ffn_dim", default=4 * hidden
+            "intermediate_size",
+            "n_inner",
+            "hidden_dim",
+            "ffn_dim",
+            "d_ff",
+            "encoder_ffn_dim",
+            default=4 * hidden,
         ),
         vocabulary=number("vocab_size", default=32_000),
         positions=number(

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from scheduler import matching
-from scheduler.footprint import ModelShape, inference_bytes, infers_in_bf16, training_bytes
+from scheduler.footprint import (
+    ModelShape,
+    inference_bytes,
+    infers_in_bf16,
+    teaching_bytes,
+    training_bytes,
+)
 from shared.capability import GIB
 from shared.errors import Unsatisfiable
 from shared.resolved import Requirements
@@ -29,7 +35,10 @@ def asked(spec: TrainSpec | InferSpec) -> Requirements:
 
 
 def requirements(
-    spec: TrainSpec | InferSpec, shape: ModelShape | None, longest_text: int | None
+    spec: TrainSpec | InferSpec,
+    shape: ModelShape | None,
+    longest_text: int | None,
+    teacher: ModelShape | None = None,
 ) -> Requirements:
     """What each device needs: the user's figures and, where there are none, those of the model.
     ``shape`` is None where nothing is known of it."""
@@ -38,7 +47,8 @@ def requirements(
         return needs
     added: dict[str, object] = {}
     if needs.memory_is_estimate:
-        added["memory_bytes"] = estimate(spec, shape, longest_text)
+        taught = 0 if teacher is None else teaching_bytes(teacher)
+        added["memory_bytes"] = estimate(spec, shape, longest_text) + taught
     if isinstance(spec, InferSpec) and infers_in_bf16(shape, spec):
         added["features"] = tuple(dict.fromkeys((*needs.features, "bf16")))
     return needs.model_copy(update=added)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from sqlmodel import Session, func, select
 
 from scheduler.submission.data import Inputs, resolve_rows, resolve_training_data
 from scheduler.submission.inline import rows_to_file, write_once
-from scheduler.submission.models import resolve_model
+from scheduler.submission.models import FoundModel, resolve_model, resolve_teacher
 from scheduler.submission.requirements import refuse_impossible, requirements
 from shared.errors import InvalidRequest, InvalidSpec
+from shared.messages import Shard
 from shared.resolved import Resolved
 from shared.settings import Settings
 from shared.specs import InferSpec, TrainSpec, parse_spec
@@ -43,36 +45,76 @@ def submit(
         IdempotencyMismatch: the key was used for another spec.
         Unavailable: Postgres cannot be reached.
     """
-    _check_key(idempotency_key)
+    check_key(idempotency_key)
     spec = parse_spec(raw_spec)
     content: bytes | None = None
     if isinstance(spec, InferSpec):
         spec, content = rows_to_file(spec, settings)
-    _refuse_unstorable(spec.model_dump(mode="json"), ())
+    refuse_unstorable(spec.model_dump(mode="json"))
     owner = created_by or ""
     if idempotency_key is not None:
         first = store.call(find_by_idempotency_key, owner, idempotency_key, spec)
         if first is not None:
             return first, False
-    model = resolve_model(store, settings, spec)
-    if content is not None and isinstance(spec, InferSpec):
-        write_once(Path(spec.input or ""), content)
-    inputs = _resolve_inputs(store, settings, spec)
-    needs = requirements(spec, model.shape, inputs.longest_text)
-    fleet = store.call(_fleet, settings.device_timeout)
-    refuse_impossible(spec, needs, fleet)
+    resolved, shards = resolve(store, settings, spec, content)
     return store.call(
         insert_job,
         job_id=new_job_id(),
         spec=spec,
-        resolved=Resolved(model=model.resolved, requirements=needs, inputs=inputs.files),
-        shards=inputs.shards,
+        resolved=resolved,
+        shards=shards,
         idempotency_key=idempotency_key,
         created_by=owner,
     )
 
 
-def _check_key(key: str | None) -> None:
+@dataclass(slots=True)
+class Known:
+    """Models and data that were looked at already: the trials of a sweep mostly share them."""
+
+    models: dict[str, FoundModel] = field(default_factory=dict)
+    inputs: dict[str, Inputs] = field(default_factory=dict)
+
+
+def resolve(
+    store: Store,
+    settings: Settings,
+    spec: TrainSpec | InferSpec,
+    content: bytes | None = None,
+    known: Known | None = None,
+) -> tuple[Resolved, tuple[Shard, ...]]:
+    """Find what a valid spec names and work out what it needs; ``content`` are its inline rows.
+
+    Raises:
+        InvalidRequest: any of its subclasses.
+        Unavailable: Postgres cannot be reached.
+    """
+    known = known or Known()
+    key = spec.model_dump_json(include={"kind", "task", "model", "architecture"})
+    if key not in known.models:
+        known.models[key] = resolve_model(store, settings, spec)
+    model = known.models[key]
+    teacher = resolve_teacher(store, settings, spec) if isinstance(spec, TrainSpec) else None
+    if content is not None and isinstance(spec, InferSpec):
+        write_once(Path(spec.input or ""), content)
+    key = spec.model_dump_json(include={"kind", "task", "problem", "data", "input", "shard_rows"})
+    if key not in known.inputs:
+        known.inputs[key] = _resolve_inputs(store, settings, spec)
+    inputs = known.inputs[key]
+    needs = requirements(spec, model.shape, inputs.longest_text, teacher.shape if teacher else None)
+    fleet = store.call(_fleet, settings.device_timeout)
+    refuse_impossible(spec, needs, fleet)
+    found = Resolved(
+        model=model.resolved,
+        teacher=teacher.resolved if teacher else None,
+        requirements=needs,
+        inputs=inputs.files,
+    )
+    return found, inputs.shards
+
+
+def check_key(key: str | None) -> None:
+    """Raises InvalidRequest for what is no idempotency key."""
     if key is not None and not (0 < len(key) <= MAX_KEY and key.isascii() and key.isprintable()):
         raise InvalidRequest(
             f"Idempotency-Key must be 1 to {MAX_KEY} printable ASCII characters",
@@ -91,14 +133,18 @@ def _fleet(session: Session, device_timeout: float) -> tuple[DeviceState, ...]:
     return read_devices(session, now, device_timeout)
 
 
-def _refuse_unstorable(value: Any, where: tuple[str, ...]) -> None:
-    """JSON allows what Postgres and UTF-8 do not: NUL, half a surrogate pair, 1e999."""
+def refuse_unstorable(value: Any, where: tuple[str, ...] = ()) -> None:
+    """JSON allows what Postgres and UTF-8 do not: NUL, half a surrogate pair, 1e999.
+
+    Raises:
+        InvalidSpec: names the field.
+    """
     if isinstance(value, dict):
         for key, item in value.items():
-            _refuse_unstorable(item, (*where, str(key)))
+            refuse_unstorable(item, (*where, str(key)))
     elif isinstance(value, list):
         for item in value:
-            _refuse_unstorable(item, where)
+            refuse_unstorable(item, where)
     elif isinstance(value, str) and not _is_text(value):
         param = ".".join(where)
         raise InvalidSpec(

@@ -62,6 +62,8 @@ class Claimed:
     resolved: dict[str, Any]
     checkpoints: tuple[CommittedCheckpoint, ...]
     """Newest first, by step and then by attempt."""
+    best: tuple[CommittedCheckpoint, ...]
+    """The best models that those build on, in the same order."""
 
 
 def claim_rank(
@@ -106,6 +108,7 @@ def claim_rank(
     )  # fmt: skip
     if not _ranks(session, attempt.id, LeaseState.RESERVED):
         _start(session, job, attempt)
+    checkpoints, best = _checkpoints(session, job.id)
     return Claimed(
         holder=Holder(job.id, attempt.id, attempt.token, hint.rank, worker_id),
         kind=job.kind,
@@ -113,7 +116,8 @@ def claim_rank(
         world_size=attempt.world_size,
         spec=job.spec,
         resolved=job.resolved,
-        checkpoints=_checkpoints(session, job.id),
+        checkpoints=checkpoints,
+        best=best,
     )
 
 
@@ -183,14 +187,24 @@ def _ranks(session: Session, attempt_id: str, state: LeaseState) -> list[int]:
     return list(session.exec(rows).all())
 
 
-def _checkpoints(session: Session, job_id: str) -> tuple[CommittedCheckpoint, ...]:
-    rows = session.exec(
+def _checkpoints(
+    session: Session, job_id: str
+) -> tuple[tuple[CommittedCheckpoint, ...], tuple[CommittedCheckpoint, ...]]:
+    """The newest to go on from, and the best ones that they build on."""
+    of_job = (
         select(Checkpoint)
         .where(Checkpoint.job_id == job_id)
         .order_by(col(Checkpoint.step).desc(), col(Checkpoint.token).desc())
-        .limit(10)
-    ).all()
-    return tuple(CommittedCheckpoint(c.id, c.step, c.path, c.manifest) for c in rows)
+    )
+    newest = session.exec(of_job.limit(10)).all()
+    build_on = [row.best_step for row in newest if row.best_step is not None]
+    is_best = col(Checkpoint.best_step) == col(Checkpoint.step)
+    best = session.exec(of_job.where(is_best, col(Checkpoint.step).in_(build_on))).all()
+    return tuple(map(_committed, newest)), tuple(map(_committed, best))
+
+
+def _committed(row: Checkpoint) -> CommittedCheckpoint:
+    return CommittedCheckpoint(row.id, row.step, row.path, row.manifest)
 
 
 class Answer(StrEnum):

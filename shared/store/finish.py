@@ -26,6 +26,7 @@ from shared.store.guard import (
     storable,
     tell,
 )
+from shared.store.models import publish_locked
 from shared.store.report import row_totals
 from shared.tables import Attempt, Job, Lease
 
@@ -73,6 +74,8 @@ def finish_rank(session: Session, holder: Holder, summary: dict[str, Any]) -> bo
         move_job(job, JobState.SUCCEEDED)
         job.finished_at = db_now()  # type: ignore[assignment]
         tell(session, job, "succeeded", "succeeded", attempt=attempt.number, summary=job.summary)
+        if name := job.spec.get("publish"):
+            publish_locked(session, job, name, created_by=job.created_by or "")
     wake(session, WAKE_SCHEDULER)
     return True
 

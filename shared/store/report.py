@@ -78,9 +78,15 @@ def append_log(session: Session, holder: Holder, text: str) -> bool:
 
 
 def commit_checkpoint(
-    session: Session, holder: Holder, step: int, path: str, manifest: dict[str, FileDigest]
+    session: Session,
+    holder: Holder,
+    step: int,
+    path: str,
+    manifest: dict[str, FileDigest],
+    best_step: int | None = None,
 ) -> bool:
-    """Makes a finished checkpoint folder count. ``path`` is relative to the data folder."""
+    """Makes a finished checkpoint folder count. ``path`` is relative to the data folder, and
+    ``best_step`` is the step of the best model up to here, where training asks for one."""
     rows = held(session, holder)
     if rows is None:
         return False
@@ -96,34 +102,53 @@ def commit_checkpoint(
             path=path,
             manifest={name: file.model_dump() for name, file in manifest.items()},
             size=size,
+            best_step=best_step,
         )
         .on_conflict_do_nothing(index_elements=["attempt_id", "step"])
         .returning(col(Checkpoint.id))
     ).first()
     if new is not None:  # else it is the repeat of a call whose answer was lost
+        best = best_step == step
         tell(
-            session, rows.job, "checkpoint", f"checkpoint at step {step}",
-            attempt=rows.attempt.number, step=step, size=size,
+            session, rows.job, "checkpoint",
+            f"checkpoint at step {step}" + (", the best model so far" if best else ""),
+            attempt=rows.attempt.number, step=step, size=size, best=best,
         )  # fmt: skip
     return True
 
 
 def forget_checkpoints(session: Session, holder: Holder, keep: int) -> Sequence[str] | None:
-    """Drop the rows of all but the ``keep`` newest checkpoints; the paths to delete afterwards.
+    """Drop the rows of the checkpoints that nobody needs any more (``_needed``); the paths to delete
+    afterwards.
 
     Rows go first: a row without its folder would be a promise that cannot be kept.
     """
     if held(session, holder) is None:
         return None
-    old = session.exec(
+    newest_first = session.exec(
         select(Checkpoint)
         .where(Checkpoint.job_id == holder.job_id)
         .order_by(col(Checkpoint.step).desc(), col(Checkpoint.token).desc())
-        .offset(keep)
     ).all()
+    needed = _needed(newest_first, keep, holder.attempt_id)
+    old = [checkpoint for checkpoint in newest_first if checkpoint.id not in needed]
     for checkpoint in old:
         session.delete(checkpoint)
     return [checkpoint.path for checkpoint in old]
+
+
+def _needed(newest_first: Sequence[Checkpoint], keep: int, attempt_id: str) -> set[str]:
+    """Ids of the ``keep`` newest, of the newest of the attempt that runs, and of the best models that
+    these build on.
+
+    The attempt's own newest is not among the newest where it skipped damaged ones and began further
+    back.
+    """
+    own = [checkpoint for checkpoint in newest_first if checkpoint.attempt_id == attempt_id]
+    kept = [*newest_first[:keep], *own[:1]]
+    build_on = {checkpoint.best_step for checkpoint in kept}
+    best = [each for each in newest_first if each.best and each.step in build_on]
+    return {checkpoint.id for checkpoint in (*kept, *best)}
 
 
 def record_artifact(

@@ -71,7 +71,11 @@ def test_specs_that_contradict_themselves(
             "",
         ),
         ({"data": "train.jsonl"}, "data must be an object, not 'train.jsonl'", ""),
-        ({"model": None}, "model must be a string, not null", ""),
+        (
+            {"model": None},
+            "model must name what to fine-tune (or choose method 'pretrain' and an architecture)",
+            "",
+        ),
         ({"priority": 101, "extra": 1}, "priority must be at most 100, not 101", "wrong: extra"),
         (
             {"hyperparameters": {"learning_rat": 1}},
@@ -102,6 +106,77 @@ def test_what_is_wrong_is_said_in_words(
     error = error_of(answer, 422, "invalid_spec")
     assert error["message"] == says
     assert hint in (error["hint"] or "")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"hyperparameters": {"packing": True}},
+            "hyperparameters.packing applies to task 'text-generation' alone, not to "
+            "'text-classification'",
+        ),
+        (
+            {"task": "embeddings", "hyperparameters": {"mask_probability": 0.2}},
+            "hyperparameters.mask_probability applies to task 'fill-mask' alone, not to 'embeddings'",
+        ),
+        (
+            {"task": "fill-mask", "hyperparameters": {"contrastive_temperature": 0.1}},
+            "hyperparameters.contrastive_temperature applies to task 'embeddings' alone, not to "
+            "'fill-mask'",
+        ),
+        (
+            {"task": "embeddings", "hyperparameters": {"batch_size": 8, "micro_batch_size": 1}},
+            "embeddings learn to tell a pair from the others of its micro-batch: "
+            "hyperparameters.batch_size 8 over resources.devices 1 and micro_batch_size 1 leaves one "
+            "pair alone; a rank needs 2 or more at once",
+        ),
+        (
+            {
+                "task": "embeddings",
+                "hyperparameters": {"batch_size": 4},
+                "resources": {"devices": 4},
+            },
+            "embeddings learn to tell a pair from the others of its micro-batch: "
+            "hyperparameters.batch_size 4 over resources.devices 4 leaves one pair alone; a rank "
+            "needs 2 or more at once",
+        ),
+    ],
+)
+def test_options_of_another_task_and_pairs_without_others(
+    client: httpx.Client, train_spec: Spec, changes: dict[str, Any], says: str
+) -> None:
+    error = refused(client, train_spec(**changes), "invalid_spec")
+    assert error["message"] == says
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "rows", "options", "says"),
+    [
+        (
+            "text-generation",
+            "causal",
+            [{"text": "a"}, {"text": "b", "prompt": "c", "completion": "d"}],
+            {"packing": True},
+            "line 2: packing puts plain texts one after another, and the row has a column",
+        ),
+        ("embeddings", "encoder", [{"text": "a", "positive": "b"}], {}, "has one pair"),
+        ("fill-mask", "encoder", [{"body": "a"}], {}, "line 1: there is no column 'text'"),
+    ],
+)
+def test_rows_that_a_language_model_cannot_learn_from(
+    client: httpx.Client,
+    train_spec: Spec,
+    texts: Callable[..., Path],
+    task: str,
+    model: str,
+    rows: list[dict[str, Any]],
+    options: dict[str, Any],
+    says: str,
+) -> None:
+    data = {"train": str(texts("lm.jsonl", rows))}
+    spec = train_spec(task=task, model=model, data=data, hyperparameters=options)
+    assert says in refused(client, spec, "data_error", param="data.train")["message"]
 
 
 def test_a_micro_batch_above_the_share_of_a_rank_is_fine(
@@ -255,14 +330,17 @@ def rows(n: int = 6) -> list[Any]:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'{"text": "x", "label": "a"}\n\n{"text": \n', "line 3 is no JSON"),
-        (b'{"text": "x", "label": "a"}\n[1]\n', "line 2 is no JSON object but a list"),
-        (b'{"text": "x", "label": "a"}\n{"text": "y"}\n', "line 2 has no column 'label'"),
-        (b'{"txt": "x", "label": "a"}\n', "line 1 has no column 'text'; it has txt, label"),
+        (b'{"text": "x", "label": "a"}\n\n{"text": \n', "line 3: no JSON"),
+        (b'{"text": "x", "label": "a"}\n[1]\n', "line 2: no JSON object but a list"),
+        (b'{"text": "x", "label": "a"}\n{"text": "y"}\n', "line 2: there is no column 'label'"),
+        (
+            b'{"txt": "x", "label": "a"}\n',
+            "line 1: there is no column 'text'; the row has 'txt', 'label'",
+        ),
         (b'{"text": 5, "label": "a"}\n', "line 1: column 'text' must be a string, not a number"),
-        (b'{"text": "x", "label": 0.5}\n', "column 'label' must be a string or an integer"),
+        (b'{"text": "x", "label": 0.5}\n', "column 'label' must be a string or a whole number"),
         (b'{"text": "x", "label": true}\n', "not a boolean"),
-        (b'{"text": "x", "label": "a"}\n{"text": "\xff"}\n', "line 2 is not UTF-8"),
+        (b'{"text": "x", "label": "a"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
         (b"", "has no rows"),
         (b"\n \n", "has no rows"),
         (b'{"text": "x", "label": "a"}\n' * 3, "only one label ('a')"),

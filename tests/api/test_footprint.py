@@ -65,6 +65,30 @@ def test_frozen_parameters_need_no_gradient_and_no_moments() -> None:
         assert whole - training_bytes(MINILM, train(freeze=[pattern]), 96) == 12 * 11_720_448
 
 
+def test_packed_blocks_are_full_however_short_the_texts() -> None:
+    def needs(**hyperparameters: Any) -> int:
+        spec = parse_spec(
+            {
+                "kind": "train", "task": "text-generation", "model": "m", "data": {"train": "x"},
+                "hyperparameters": {"batch_size": 4, **hyperparameters},
+            }
+        )  # fmt: skip
+        assert isinstance(spec, TrainSpec)
+        return training_bytes(LLAMA_7B, spec, 30)
+
+    assert needs(packing=True) == needs(packing=True, max_length=2048) > needs()
+    # Of 4 blocks of 1,024: the logits of 32,000 words in fp32, thrice.
+    assert needs(packing=True) - needs(packing=True, max_length=1024) > 4 * 1024 * 32000 * 12
+
+
+def test_each_optimizer_keeps_what_it_keeps() -> None:
+    adamw = training_bytes(MINILM, train(), 96)
+    assert training_bytes(MINILM, train(optimizer="adam"), 96) == adamw
+    assert adamw - training_bytes(MINILM, train(optimizer="sgd"), 96) == 4 * 22_713_600
+    adafactor = training_bytes(MINILM, train(optimizer="adafactor"), 96)
+    assert adamw - adafactor == 8 * 22_713_600 - 3 * 4 * 11_720_448
+
+
 def test_generation_by_hand() -> None:
     spec = generate(batch_size=8, precision="bf16", generation={"max_new_tokens": 100})
     length = 300 // 3 + 8

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from shared.lifecycle import FailureClass
 from shared.store import Store
@@ -35,6 +36,36 @@ def test_a_training_job_is_accepted_with_everything_resolved(
     assert resolved["model"]["parameters"] == 50 * 16
     assert resolved["inputs"]["train"]["rows"] == 40
     assert client.get(f"/v1/jobs/{job['id']}").json() == job
+
+
+CHAT = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "There."}]
+
+
+@pytest.mark.parametrize(
+    ("task", "model", "row", "options"),
+    [
+        ("text-generation", "causal", {"text": "the old town"}, {"packing": True}),
+        ("text-generation", "causal", {"prompt": "Where?", "completion": " There."}, {}),
+        ("text-generation", "causal", {"messages": CHAT}, {"label_smoothing": 0.1}),
+        ("fill-mask", "encoder", {"text": "the old town"}, {"mask_probability": 0.3}),
+        ("embeddings", "encoder", {"text": "a", "positive": "b"}, {"contrastive_temperature": 0.1}),
+    ],
+)
+def test_trainings_of_language_models_and_embeddings_are_accepted(
+    client: httpx.Client,
+    train_spec: Spec,
+    texts: Callable[..., Path],
+    task: str,
+    model: str,
+    row: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
+    data = {"train": str(texts("lm.jsonl", [row] * 20)), "validation_split": 0.2}
+    spec = train_spec(task=task, model=model, data=data, hyperparameters=options)
+    job = submit(client, spec)
+    assert job["requirements"]["memory_bytes"] > 500 * 1024**2
+    # What was stored has every field set, also those of other tasks.
+    assert submit(client, job["spec"])["spec"] == job["spec"]
 
 
 def test_inline_rows_become_a_file_and_shards(

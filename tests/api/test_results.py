@@ -117,7 +117,7 @@ def test_metrics_and_checkpoints(
     for step in (1, 2):
         assert store.call(report.record_metric, holder, "train", step, {"loss": 1.0 / step})
         manifest = {"state.pt": FileDigest(size=7, sha256="0" * 64)}
-        assert store.call(report.commit_checkpoint, holder, step, f"jobs/x/{step}", manifest)
+        assert store.call(report.commit_checkpoint, holder, step, f"jobs/x/{step}", manifest, 1)
     assert store.call(report.record_metric, holder, "validation", 2, {"accuracy": 0.5})
     metrics = client.get(f"/v1/jobs/{job}/metrics").json()["items"]
     assert [(m["split"], m["step"]) for m in metrics] == [
@@ -126,7 +126,9 @@ def test_metrics_and_checkpoints(
     some = client.get(f"/v1/jobs/{job}/metrics", params={"split": "validation"}).json()["items"]
     assert [m["values"] for m in some] == [{"accuracy": 0.5}]
     checkpoints = client.get(f"/v1/jobs/{job}/checkpoints").json()["items"]
-    assert [(c["step"], c["size"]) for c in checkpoints] == [(2, 7), (1, 7)]
+    assert [(c["step"], c["size"], c["best"]) for c in checkpoints] == [
+        (2, 7, False), (1, 7, True),
+    ]  # fmt: skip
 
 
 @pytest.fixture

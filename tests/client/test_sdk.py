@@ -15,6 +15,7 @@ from gpuyard.connection import find_connection
 from shared.errors import (
     AuthenticationFailed,
     ConfigurationError,
+    DataError,
     IdempotencyMismatch,
     InvalidRequest,
     InvalidSpec,
@@ -103,6 +104,23 @@ def test_local_files_are_uploaded_once(
     with Client(sdk.connection.url, sdk.connection.api_key) as another:
         assert another.submit(spec, upload=True, idempotency_key="again").id == job.id
         assert len(list(another.files())) == 1
+
+
+def test_a_file_under_a_name_of_another_kind_is_another(
+    sdk: Client, train_spec: Spec, tmp_path: Path
+) -> None:
+    content = b"text,label\n" + b"one,a\ntwo,b\n" * 10
+    for name in ("rows.txt", "rows.csv"):
+        (tmp_path / name).write_bytes(content)
+
+    def submit(name: str) -> str:
+        spec = train_spec(data={"train": name})
+        return str(sdk.submit(spec, upload=True, bases=[tmp_path]).spec["data"]["train"])
+
+    with pytest.raises(DataError, match="plain text by its name"):
+        submit("rows.txt")
+    assert submit("rows.csv") == submit("rows.csv")
+    assert {file.name for file in sdk.files()} == {"rows.txt", "rows.csv"}
 
 
 def test_files_beside_the_spec_are_found(sdk: Client, train_spec: Spec, tmp_path: Path) -> None:

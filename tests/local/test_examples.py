@@ -12,6 +12,7 @@ import yaml
 
 from gpuyard.local import demo
 from shared.specs import parse_spec
+from shared.sweeps import parse_sweep, plan
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 DATA = EXAMPLES / "data"
@@ -24,7 +25,11 @@ def rows(name: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.name)
 def test_example_specs_are_valid_and_their_files_exist(path: Path) -> None:
     spec = yaml.safe_load(path.read_text())
-    parse_spec(spec)
+    if "parameters" in spec:
+        assert len(plan(parse_sweep(spec))) > 1
+        spec = spec["spec"]
+    else:
+        parse_spec(spec)
     named = [spec.get("input"), *(spec.get("data", {}).get(k) for k in ("train", "validation"))]
     assert all((EXAMPLES / name).is_file() for name in named if name)
     assert any(named)

@@ -36,7 +36,8 @@ WRITES: dict[str, Callable[[Store, Holder], object]] = {
     "metric": lambda s, h: s.call(record_metric, h, "train", 1, {"loss": 1.0}),
     "log": lambda s, h: s.call(append_log, h, "text"),
     "checkpoint": lambda s, h: s.call(commit_checkpoint, h, 1, "p", MANIFEST),
-    "forget": lambda s, h: s.call(forget_checkpoints, h, 0),
+    "newer checkpoint": lambda s, h: s.call(commit_checkpoint, h, 2, "q", MANIFEST),
+    "forget": lambda s, h: s.call(forget_checkpoints, h, 1),
     "artifact": lambda s, h: s.call(
         record_artifact, h, name="m", kind="file", path="p", size=1, sha256=SHA
     ),

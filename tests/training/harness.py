@@ -23,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
+from shared.formats import DataFile, format_of
 from shared.messages import (
     CheckpointRef,
     CheckpointWritten,
@@ -32,6 +33,7 @@ from shared.messages import (
     FromRank,
     JoinRendezvous,
     Listening,
+    Preempt,
     Report,
     Stop,
     ToRank,
@@ -48,7 +50,13 @@ R = TypeVar("R")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["workers.ranks.train", "transformers.models.bert.modeling_bert", "tests.training.harness"]
+    [
+        "workers.ranks.train",
+        "transformers.models.bart.modeling_bart",
+        "transformers.models.bert.modeling_bert",
+        "transformers.models.t5.modeling_t5",
+        "tests.training.harness",
+    ]
 )
 
 
@@ -95,12 +103,22 @@ class Gang:
     join: bool = True
     ranks: Sequence[int] | None = None
     """Which ranks to start; all of them by default."""
+    differing: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By rank: fields of its assignment that are not those of the others."""
 
     def __post_init__(self) -> None:
         self.reports: list[tuple[int, Report]] = []
         self.processes: dict[int, BaseProcess] = {}
         self._channels: dict[int, Channel[Any]] = {}
         self._sockets: dict[int, socket.socket] = {}
+
+    def own_memory(self, rank: int) -> int:
+        """Bytes of memory that are the rank's own, not of files that it has mapped; 0 once it is gone."""
+        try:
+            status = Path(f"/proc/{self.processes[rank].pid}/status").read_text()
+        except (OSError, KeyError):
+            return 0
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024 if "RssAnon:" in status else 0
 
     @property
     def log(self) -> Path:
@@ -119,7 +137,8 @@ class Gang:
             process.start()
             theirs.close()
             channel: Channel[Any] = Channel(ours, FromRank)
-            channel.send(self.assignment.model_copy(update={"rank": rank}))
+            own = self.differing.get(rank, {})
+            channel.send(self.assignment.model_copy(update={"rank": rank, **own}))
             self.processes[rank], self._channels[rank] = process, channel
             self._sockets[rank] = ours
 
@@ -142,6 +161,10 @@ class Gang:
 
     def order_stop(self, rank: int, reason: str = "cancelled") -> None:
         self._channels[rank].send(Stop(reason=reason))
+
+    def ask_back(self, rank: int, seconds: float = 60.0) -> None:
+        """The worker wants the rank's device back."""
+        self._channels[rank].send(Preempt(reason="the host is needed", seconds=seconds))
 
     def hang_up(self, rank: int) -> None:
         """The worker's end of the channel is gone, as when the worker is killed."""
@@ -171,10 +194,13 @@ class Gang:
     @property
     def checkpoints(self) -> tuple[CheckpointRef, ...]:
         """Newest first, as the next attempt is given them."""
-        return tuple(
-            CheckpointRef(id=f"ckpt_{r.step}", step=r.step, path=r.path, manifest=r.manifest)
-            for r in reversed(self.of(CheckpointWritten))
-        )
+        return tuple(_reference(report) for report in reversed(self.of(CheckpointWritten)))
+
+    @property
+    def best(self) -> tuple[CheckpointRef, ...]:
+        """Those of the checkpoints that are the best model of their time, newest first."""
+        written = self.of(CheckpointWritten)
+        return tuple(_reference(report) for report in reversed(written) if report.best)
 
     @property
     def model(self) -> Path:
@@ -222,17 +248,30 @@ class Gang:
             channel.send(JoinRendezvous(address=address))
 
 
+def _reference(report: CheckpointWritten) -> CheckpointRef:
+    return CheckpointRef(
+        id=f"ckpt_{report.step}", step=report.step, path=report.path, manifest=report.manifest
+    )
+
+
 def make_assignment(
     work_dir: Path,
     model: Path,
     train: Path,
     *,
     ranks: int = 1,
+    task: str = "text-classification",
+    problem: str = "single-label",
+    spec_fields: dict[str, Any] | None = None,
     validation: Path | None = None,
     validation_split: float | None = None,
     checkpoint: dict[str, Any] | None = None,
     columns: dict[str, str] | None = None,
+    early_stopping: dict[str, Any] | None = None,
     resume_from: Iterable[CheckpointRef] = (),
+    best_from: Iterable[CheckpointRef] = (),
+    cache: Path | None = None,
+    teacher: Path | None = None,
     **hyperparameters: Any,
 ) -> TrainAssignment:
     """An assignment as the worker would make it; options not named are hyperparameters."""
@@ -244,12 +283,15 @@ def make_assignment(
     spec = TrainSpec.model_validate(
         {
             "kind": "train",
-            "task": "text-classification",
+            "task": task,
+            "problem": problem,
             "model": model.name,
             "data": data,
             "hyperparameters": hyperparameters,
             "resources": {"devices": ranks},
             "checkpoint": checkpoint or {"every_seconds": None},
+            "early_stopping": early_stopping,
+            **(spec_fields or {}),
         }
     )
     return TrainAssignment(
@@ -262,10 +304,15 @@ def make_assignment(
         device=DeviceHandle(id="cpu0@test", kind="cpu", memory_bytes=1 << 30, threads=1),
         spec=spec,
         model_path=str(model),
+        teacher_path=None if teacher is None else str(teacher),
         train_path=str(train),
+        train_format=format_of(train.name),
         validation_path=None if validation is None else str(validation),
+        validation_format=format_of(validation.name) if validation else "jsonl",
+        cache_dir=None if cache is None else str(cache),
         work_dir=str(work_dir),
         resume_from=tuple(resume_from),
+        best_from=tuple(best_from),
     )
 
 
@@ -328,3 +375,91 @@ def make_bert(folder: Path, seed: int = 0) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def make_from_scratch(folder: str, spec: TrainSpec, train: str) -> str:
+    """The initial model of a spec, in a folder; SHA-256 of all that is in it."""
+    from workers.ranks.train.scratch import make_model, make_tokenizer
+
+    tokenizer = make_tokenizer(spec, DataFile(Path(train), "jsonl"))
+    tokenizer.save_pretrained(folder)
+    make_model(spec, tokenizer).save_pretrained(folder)
+    sha = hashlib.sha256()
+    for file in sorted(Path(folder).iterdir()):
+        sha.update(file.name.encode() + file.read_bytes())
+    return sha.hexdigest()
+
+
+def make_t5(folder: Path, seed: int = 0) -> Path:
+    """A T5 of 2 + 2 layers and 32 hidden, untrained: relative positions, one embedding for all."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    size = _save_word_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=size,
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def make_bart(folder: Path, seed: int = 0) -> Path:
+    """A BART of 1 + 1 layers and 32 hidden, untrained: 64 learned positions."""
+    import torch
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    size = _save_word_tokenizer(folder)
+    torch.manual_seed(seed)
+    config = BartConfig(
+        vocab_size=size,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        init_std=0.1,
+    )
+    BartForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def _save_word_tokenizer(folder: Path) -> int:
+    """A token a word of the topics, small and in capitals, with ``</s>`` at the end of a text;
+    returns how many it knows."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*FILLER, *(word for topic in TOPICS.values() for word in topic), *TOPICS]
+    words = ["<pad>", "</s>", "<s>", "<unk>", *words, *(word.upper() for word in words)]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        bos_token="<s>",
+        unk_token="<unk>",
+        model_max_length=64,
+    ).save_pretrained(folder)
+    return len(words)

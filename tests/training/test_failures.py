@@ -62,8 +62,8 @@ def _one_label(rows: Rows) -> None:
     ("spoil", "code", "says"),
     [
         (_missing_column, "missing_column", "line 7: there is no column 'label'"),
-        (_no_text, "invalid_text", "line 7: column 'text' must be text"),
-        (_odd_label, "invalid_label", "line 7: column 'label' must be text or a whole number"),
+        (_no_text, "invalid_text", "line 7: column 'text' must be a string"),
+        (_odd_label, "invalid_label", "line 7: column 'label' must be a string or a whole number"),
         (_no_rows, "no_rows", "has no rows"),
         (_one_label, "one_label", "nothing to tell apart"),
     ],

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel
 
+from tests.training.models import make_gpt2
 from workers.ranks.loading import (
     LoadError,
     known_labels,
@@ -213,6 +214,13 @@ def test_a_trained_head_is_kept_and_one_of_another_size_replaced(
 def test_a_language_model_may_lack_nothing(bert: Path) -> None:
     with pytest.raises(LoadError, match=r"cls\.predictions"):
         load_causal_lm(bert, torch.float32)
+
+
+def test_a_tied_head_is_not_missing_and_dropout_is_overridden(tmp_path: Path) -> None:
+    model = load_causal_lm(make_gpt2(tmp_path / "gpt2"), torch.float32, dropout=0.25)
+    assert "lm_head.weight" not in load_file(tmp_path / "gpt2" / "model.safetensors")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.25}
 
 
 def test_a_folder_without_tokenizer(folder: Path) -> None:

@@ -11,8 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from shared.formats import DataFile
 from shared.messages import ArtifactWritten, Listening, Metric, Progress, Ready
+from shared.specs import DataFormat
 from tests.training.harness import TOPICS, Gang, make_assignment, make_rows
+from tests.training.test_records import write
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -36,6 +39,20 @@ def trained(
         dropout=0.0,
     )
     return Gang(assignment).run()
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet"])
+def test_the_format_of_the_data_makes_no_difference(
+    tmp_path: Path, bert: Path, format: DataFormat
+) -> None:
+    def weights(file: DataFile) -> str:
+        work = tmp_path / f"work-{file.format}"
+        options = {"epochs": 1, "batch_size": 16, "validation_split": 0.2}
+        return Gang(make_assignment(work, bert, file.path, ranks=2, **options)).run().weights
+
+    rows = make_rows(60, seed=4)
+    jsonl = write(tmp_path, "jsonl", rows)
+    assert weights(write(tmp_path, format, rows)) == weights(jsonl)
 
 
 def test_it_learns_what_the_majority_class_cannot_give(trained: Gang) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from tests.workers.fleet import Fleet
 pytestmark = pytest.mark.slow
 
 
-def train(fleet: Fleet, model: Path) -> str:
+def train(fleet: Fleet, model: Path, **changes: Any) -> str:
     rows = ResolvedInput(path=str(fleet.data / "train.jsonl"), size=1)
     held_out = ResolvedInput(path=str(fleet.data / "held-out.jsonl"), size=1)
     return fleet.submit(
@@ -29,6 +30,7 @@ def train(fleet: Fleet, model: Path) -> str:
             "resources": {"devices": 2},
             "hyperparameters": {"batch_size": 16, "epochs": 4, "learning_rate": 3e-3, "seed": 7},
             "checkpoint": {"every_steps": 4},
+            **changes,
         },
         {"train": rows, "validation": held_out},
         model=str(model),
@@ -40,16 +42,48 @@ def weights(fleet: Fleet, job_id: str) -> str:
     return next(a.sha256 for a in artifacts if a.name.endswith("model.safetensors"))
 
 
-def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
-    new_fleet: Callable[..., Fleet], database: str, valkey_url: str
-) -> None:
+@pytest.fixture
+def material(new_fleet: Callable[..., Fleet], database: str, valkey_url: str) -> tuple[Fleet, Path]:
+    """A fleet with a scheduler, data, and the folder of a tiny model."""
     # Long enough that loading on a busy machine is no lost lease.
-    fleet = new_fleet(database, valkey_url, lease_ttl="20", claim_timeout="60")
+    fleet = new_fleet(database, valkey_url, lease_ttl="20", claim_timeout="60", drain_grace="6")
     fleet.start_scheduler()
-    bert = make_bert(fleet.data / "bert")
     write_rows(fleet.data / "train.jsonl", make_rows(256, seed=1))
+    write_rows(fleet.data / "held-out.jsonl", make_rows(64, seed=2))
+    return fleet, make_bert(fleet.data / "bert")
+
+
+def test_a_drained_training_goes_on_where_it_was(material: tuple[Fleet, Path]) -> None:
+    fleet, bert = material
+    fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
+    # Much longer than the grace: what would be over in time is left to end by itself.
+    long: dict[str, Any] = {
+        "hyperparameters": {"batch_size": 16, "epochs": 150, "learning_rate": 3e-3},
+        "checkpoint": {"every_seconds": None},
+    }
+    undisturbed = train(fleet, bert, **long)
+    fleet.wait(undisturbed, "succeeded", within=120)
+    drained = train(fleet, bert, **long)
+    eventually(lambda: (fleet.job(drained).progress or {}).get("step", 0) >= 20, within=60)
+    assert fleet.stop_host() == 0
+    (first,) = fleet.attempts(drained)
+    assert first.failure is not None
+    assert first.failure["code"] == "preempted", fleet.story(drained)
+    (checkpoint,) = fleet.store.call(read.list_checkpoints, drained)
+    assert 20 <= checkpoint.step < 150 * 16
+    fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
+    job = fleet.wait(drained, "succeeded", within=120)
+    assert job.summary is not None
+    assert job.summary["resumed_from"]["step"] == checkpoint.step
+    assert len(fleet.attempts(drained)) == 2
+    assert weights(fleet, drained) == weights(fleet, undisturbed)
+
+
+def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
+    material: tuple[Fleet, Path],
+) -> None:
+    fleet, bert = material
     held_out = make_rows(64, seed=2)
-    write_rows(fleet.data / "held-out.jsonl", held_out)
     fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
 
     undisturbed = train(fleet, bert)
@@ -70,6 +104,14 @@ def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
     assert len(kept) == 2
     assert all((fleet.data / checkpoint.path).is_dir() for checkpoint in kept)
     assert weights(fleet, killed) == weights(fleet, undisturbed)
+    # Three attempts of two ranks, two files: tokenised by the first rank of all.
+    first, *later = [
+        log.read_text()
+        for attempt in (undisturbed, killed)
+        for log in sorted((fleet.data / "jobs" / attempt).glob("attempts/*/rank0.*.log"))
+    ]
+    assert first.count("tokenised into the token cache") == 2
+    assert [log.count("from the token cache") for log in later] == [2, 2]
 
     metrics = fleet.store.call(read.list_metrics, killed, "validation")
     claimed = metrics[-1].values["accuracy"]
@@ -92,3 +134,50 @@ def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
     assert right / len(held_out) == pytest.approx(claimed)
     assert fleet.stop_host() == 0
     eventually(lambda: not fleet.processes())
+
+
+def test_the_best_model_outlives_the_attempt_that_made_it(
+    new_fleet: Callable[..., Fleet], database: str, valkey_url: str
+) -> None:
+    """Training learns what validation calls wrong, so that one of its first models stays the best."""
+    fleet = new_fleet(database, valkey_url, lease_ttl="20", claim_timeout="60")
+    fleet.start_scheduler()
+    bert = make_bert(fleet.data / "bert")
+    wrong = {"animal": "food", "food": "place", "place": "animal"}
+    rows = make_rows(256, seed=1)
+    write_rows(fleet.data / "train.jsonl", ({**row, "label": wrong[row["label"]]} for row in rows))
+    write_rows(fleet.data / "held-out.jsonl", make_rows(64, seed=2))
+    fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
+    changes = {
+        "early_stopping": {"patience": 30, "metric": "loss"},
+        "hyperparameters": {
+            "batch_size": 16, "epochs": 20, "learning_rate": 3e-3, "seed": 7,
+            "eval_every_steps": 8, "schedule": "constant",
+        },
+        "checkpoint": {"every_steps": 4, "keep": 1},
+    }  # fmt: skip
+
+    undisturbed = train(fleet, bert, **changes)
+    expected = fleet.wait(undisturbed, "succeeded", within=90).summary
+    assert expected is not None and expected["stopped_early"]
+    best = expected["best"]["step"]
+
+    killed = train(fleet, bert, **changes)
+
+    def is_behind_the_best() -> bool:
+        kept = fleet.store.call(read.list_checkpoints, killed)
+        return bool(kept) and kept[0].best_step == best < kept[0].step
+
+    eventually(is_behind_the_best, within=60)
+    victim = [pid for pid, name in fleet.processes().items() if name == "gpuyard-rank"][-1]
+    os.kill(victim, signal.SIGKILL)
+    summary = fleet.wait(killed, "succeeded", within=90).summary
+    first, _ = fleet.attempts(killed)
+    assert summary is not None and summary["resumed_from"]["step"] > best
+    for name in ("steps", "stopped_early", "best", "metrics"):
+        assert summary[name] == expected[name], name
+    assert weights(fleet, killed) == weights(fleet, undisturbed)
+    newest, made_best = fleet.store.call(read.list_checkpoints, killed)
+    assert (made_best.step, made_best.attempt_id) == (best, first.id)
+    assert newest.best_step == best and not newest.best
+    assert all((fleet.data / kept.path).is_dir() for kept in (newest, made_best))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
+from shared.messages import Preempt
 from workers.attempt.outcome import Outcome
 
 
@@ -21,6 +22,7 @@ class Inbox:
         self._closed = False
         self._end: Outcome | None = None
         self._rendezvous: str | None = None
+        self._preempt: Preempt | None = None
 
     @property
     def end(self) -> Outcome | None:
@@ -43,6 +45,17 @@ class Inbox:
     def join(self, address: str) -> None:
         if self._rendezvous != address:
             self._rendezvous = address
+            self.ring()
+
+    @property
+    def preempt(self) -> Preempt | None:
+        """The device is wanted back: what a training is told."""
+        return self._preempt
+
+    def ask_back(self, reason: str, seconds: float) -> None:
+        """Have a training leave in good order, within so many seconds."""
+        if self._preempt is None:
+            self._preempt = Preempt(reason=reason, seconds=seconds)
             self.ring()
 
     def ring(self) -> None:

@@ -87,7 +87,8 @@ class ReportWriter:
 
     def _commit_checkpoint(self, report: CheckpointWritten) -> bool:
         path = self.folder.relative(report.path)
-        if not self.store.call(commit_checkpoint, self.holder, report.step, path, report.manifest):
+        facts = (report.step, path, report.manifest, report.best_step)
+        if not self.store.call(commit_checkpoint, self.holder, *facts):
             return False
         old = self.store.call(forget_checkpoints, self.holder, self.keep_checkpoints)
         for forgotten in old or ():

@@ -73,6 +73,11 @@ class RunningAttempt:
         if self._keeper is not None:
             self._keeper.renew_now()
 
+    def ask_back(self, reason: str, seconds: float) -> None:
+        """The device is wanted back in so many seconds. A training makes a checkpoint and leaves; an
+        inference attempt goes on, as what it has finished is committed already."""
+        self.inbox.ask_back(reason, seconds)
+
     def describe(self) -> dict[str, object]:
         """For monitors."""
         label = Resolved.model_validate(self.claimed.resolved).model.label

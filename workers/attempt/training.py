@@ -6,17 +6,19 @@ import contextlib
 import logging
 import select
 import time
+from pathlib import Path
 
 from shared.messages import (
     CheckpointRef,
     FileDigest,
     JoinRendezvous,
+    Preempt,
     Stop,
     TrainAssignment,
 )
 from shared.resolved import Resolved
 from shared.specs import TrainSpec
-from shared.store.claim import Claimed
+from shared.store.claim import Claimed, CommittedCheckpoint
 from workers.attempt.folders import AttemptFolder
 from workers.attempt.inbox import Inbox
 from workers.attempt.outcome import (
@@ -61,12 +63,15 @@ def run_training(
     environment = {**site.device.environment, HOST_VARIABLE: host}
     oom = OomWatch()
     with launch(site.nursery, "train", env=environment, log_path=log_path) as rank:
-        joined: list[str] = []
+        sent: set[str] = set()
 
-        def send_rendezvous() -> None:
-            if inbox.rendezvous is not None and not joined:
-                joined.append(inbox.rendezvous)
+        def send_orders() -> None:
+            if inbox.rendezvous is not None and "join" not in sent:
+                sent.add("join")
                 _send(rank, JoinRendezvous(address=inbox.rendezvous))
+            if inbox.preempt is not None and "preempt" not in sent:
+                sent.add("preempt")
+                _send(rank, inbox.preempt)
 
         _send(rank, training_assignment(site, claimed, folder))
         watch = Watch(
@@ -76,7 +81,7 @@ def run_training(
             reporter,
             deadline,
             reporter.put,
-            send_rendezvous,
+            send_orders,
         )
         end = watch.until_end()
         if isinstance(end, Finished):
@@ -119,7 +124,7 @@ def _prefer_the_cause(said: Failed, inbox: Inbox) -> Outcome:
 def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> TrainAssignment:
     resolved = Resolved.model_validate(claimed.resolved)
     data = site.settings.data
-    inputs = {name: str(data / entry.path) for name, entry in resolved.inputs.items()}
+    train, validation = resolved.inputs["train"], resolved.inputs.get("validation")
     return TrainAssignment(
         job_id=claimed.holder.job_id,
         attempt_id=claimed.holder.attempt_id,
@@ -130,25 +135,37 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         device=site.device.handle,
         spec=TrainSpec.model_validate(claimed.spec),
         model_path=resolved.model.path,
-        train_path=inputs["train"],
-        validation_path=inputs.get("validation"),
+        teacher_path=resolved.teacher.path if resolved.teacher else None,
+        train_path=str(data / train.path),
+        train_format=train.format,
+        validation_path=str(data / validation.path) if validation else None,
+        validation_format=validation.format if validation else "jsonl",
         work_dir=str(folder.path),
-        resume_from=tuple(
-            CheckpointRef(
-                id=each.id,
-                step=each.step,
-                path=str(data / each.path),
-                manifest={
-                    name: FileDigest.model_validate(digest)
-                    for name, digest in each.manifest.items()
-                },
-            )
-            for each in claimed.checkpoints
-        ),
+        cache_dir=str(_cache(data)),
+        resume_from=tuple(_reference(each, data) for each in claimed.checkpoints),
+        best_from=tuple(_reference(each, data) for each in claimed.best),
     )
 
 
-def _send(rank: RankProcess, message: TrainAssignment | JoinRendezvous | Stop) -> None:
+def _cache(data: Path) -> Path:
+    folder = data / "cache"
+    with contextlib.suppress(OSError):  # the rank does without, and says so
+        folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _reference(checkpoint: CommittedCheckpoint, data: Path) -> CheckpointRef:
+    return CheckpointRef(
+        id=checkpoint.id,
+        step=checkpoint.step,
+        path=str(data / checkpoint.path),
+        manifest={
+            name: FileDigest.model_validate(digest) for name, digest in checkpoint.manifest.items()
+        },
+    )
+
+
+def _send(rank: RankProcess, message: TrainAssignment | JoinRendezvous | Stop | Preempt) -> None:
     # A rank that is gone says so by its exit, which the watch sees next.
     with contextlib.suppress(ChannelClosed):
         rank.channel.send(message)

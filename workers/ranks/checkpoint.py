@@ -83,6 +83,34 @@ def read(checkpoint: CheckpointRef) -> tuple[dict[str, torch.Tensor], dict[str, 
     Raises:
         CheckpointDamaged: a file is missing, or differs from the manifest.
     """
+    verify(checkpoint)
+    folder = Path(checkpoint.path)
+    try:
+        return load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointDamaged(f"it cannot be loaded: {error}") from error
+
+
+def read_state(checkpoint: CheckpointRef) -> dict[str, Any]:
+    """Verify a checkpoint and load all but its tensors.
+
+    Raises:
+        CheckpointDamaged: a file is missing, or differs from the manifest.
+    """
+    verify(checkpoint)
+    try:
+        state: dict[str, Any] = json.loads((Path(checkpoint.path) / STATE).read_text())
+    except (ValueError, OSError) as error:
+        raise CheckpointDamaged(f"it cannot be loaded: {error}") from error
+    return state
+
+
+def verify(checkpoint: CheckpointRef) -> None:
+    """Compare a checkpoint with its committed manifest.
+
+    Raises:
+        CheckpointDamaged: a file is missing, or differs from it.
+    """
     folder = Path(checkpoint.path)
     if not {TENSORS, STATE} <= set(checkpoint.manifest):
         raise CheckpointDamaged(f"its manifest does not list {TENSORS} and {STATE}")
@@ -98,10 +126,6 @@ def read(checkpoint: CheckpointRef) -> tuple[dict[str, torch.Tensor], dict[str, 
                 raise CheckpointDamaged(f"{name} has another SHA-256 than when it was written")
         except OSError as error:
             raise CheckpointDamaged(f"{name} cannot be read: {error.strerror}") from error
-    try:
-        return load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointDamaged(f"it cannot be loaded: {error}") from error
 
 
 def digest(path: Path) -> FileDigest:

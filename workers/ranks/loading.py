@@ -8,19 +8,22 @@ that are missing. So the folder is inspected first, and afterwards what was load
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,29 +31,40 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_JSON_LIMIT = 64 * 1024 * 1024
-_ENTRY_LIMIT = 10_000
+from workers.ranks.folders import LoadError, first_line, inspect_folder, read_json
 
+__all__ = [
+    "Classifier",
+    "LoadError",
+    "Problem",
+    "inspect_folder",
+    "known_labels",
+    "load_causal_lm",
+    "load_encoder",
+    "load_masked_lm",
+    "load_seq2seq",
+    "load_sequence_classifier",
+    "load_token_classifier",
+    "load_tokenizer",
+    "quiet",
+]
 
-class LoadError(Exception):
-    """A model folder that cannot be used. ``code`` is stable, ``hint`` says what to do.
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""What Transformers calls a classifier's ``problem_type``."""
 
-    Codes: ``model_not_found``, ``model_unsafe`` (reaches outside itself or needs code or pickle),
-    ``model_damaged`` (truncated, tensors missing), ``model_unsuitable`` (sound, for another use).
-    """
-
-    def __init__(self, code: str, message: str, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.hint = hint
+_USES: dict[Any, str] = {
+    AutoModelForSequenceClassification: "classify text",
+    AutoModelForTokenClassification: "tag tokens",
+    AutoModelForMaskedLM: "fill masks",
+    AutoModelForSeq2SeqLM: "write one text for another",
+    AutoModelForCausalLM: "generate text",
+    AutoModel: "be loaded as an encoder",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A sequence classifier in ``eval`` mode on the CPU, and the parameters its folder lacked."""
+    """A classifier of texts or tokens in ``eval`` mode on the CPU, and the parameters its folder lacked."""
 
     model: PreTrainedModel
     fresh: tuple[str, ...]
@@ -65,6 +79,7 @@ def load_sequence_classifier(
     path: str | Path,
     *,
     labels: Sequence[str] | None = None,
+    problem: Problem = "single_label_classification",
     dtype: torch.dtype = torch.float32,
     dropout: float | None = None,
     seed: int = 0,
@@ -75,6 +90,7 @@ def load_sequence_classifier(
         path: The model folder, absolute.
         labels: Label names by class index. A head of another size is replaced by a fresh one; None
             keeps the labels of the folder.
+        problem: With ``labels``: what Transformers calls ``problem_type``.
         dropout: Overrides every dropout probability of the model.
         seed: A fresh head is a function of the model's architecture, ``labels`` and this alone.
 
@@ -84,27 +100,34 @@ def load_sequence_classifier(
     folder = inspect_folder(path)
     config = _load_config(folder)
     if labels is not None:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: index for index, name in enumerate(labels)}
-        config.problem_type = "single_label_classification"
+        _name_labels(config, labels)
+        config.problem_type = problem
     if dropout is not None:
         _override_dropout(config, dropout)
-    # The global generator is left as it was found: an engine loads while others sample.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        model, info = _load_model(
-            AutoModelForSequenceClassification,
-            folder,
-            config=config,
-            dtype=dtype,
-            ignore_mismatched_sizes=labels is not None,
-        )
-    mismatched = {
-        entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]
-    }
-    fresh = sorted({*info["missing_keys"], *mismatched})
-    _refuse_missing(folder, [name for name in fresh if not _belongs_to_head(model, name)])
-    return Classifier(model=model, fresh=tuple(fresh))
+    auto = AutoModelForSequenceClassification
+    return _load_classifier(auto, folder, config, dtype, seed, other_size=labels is not None)
+
+
+def load_token_classifier(
+    path: str | Path,
+    *,
+    labels: Sequence[str] | None = None,
+    dropout: float | None = None,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Classifier:
+    """Load a classifier of tokens, or an encoder under a new tagging head.
+
+    Args, Raises: as for :func:`load_sequence_classifier`.
+    """
+    folder = inspect_folder(path)
+    config = _load_config(folder)
+    if labels is not None:
+        _name_labels(config, labels)
+    if dropout is not None:
+        _override_dropout(config, dropout)
+    auto = AutoModelForTokenClassification
+    return _load_classifier(auto, folder, config, dtype, seed, other_size=labels is not None)
 
 
 def known_labels(path: str | Path) -> tuple[str, ...] | None:
@@ -113,7 +136,7 @@ def known_labels(path: str | Path) -> tuple[str, ...] | None:
     Raises:
         LoadError: see there.
     """
-    config = _read_json(inspect_folder(path) / "config.json", required=True)
+    config = read_json(inspect_folder(path) / "config.json", required=True)
     names = config.get("id2label")
     if not isinstance(names, dict) or not names:
         return None
@@ -123,16 +146,96 @@ def known_labels(path: str | Path) -> tuple[str, ...] | None:
         return None
 
 
-def load_causal_lm(path: str | Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_causal_lm(
+    path: str | Path, dtype: torch.dtype, *, dropout: float | None = None
+) -> PreTrainedModel:
     """Load a decoder-only language model in ``eval`` mode on the CPU.
+
+    Args:
+        dropout: Overrides every dropout probability of the model.
 
     Raises:
         LoadError: see there. No tensor may be missing.
     """
     folder = inspect_folder(path)
-    model, info = _load_model(
-        AutoModelForCausalLM, folder, config=_load_config(folder), dtype=dtype
-    )
+    config = _load_config(folder)
+    if dropout is not None:
+        _override_dropout(config, dropout)
+    model, info = _load_model(AutoModelForCausalLM, folder, config=config, dtype=dtype)
+    _refuse_missing(folder, sorted(info["missing_keys"]))
+    return model
+
+
+def load_masked_lm(
+    path: str | Path,
+    *,
+    dropout: float | None = None,
+    seed: int = 0,
+    allow_fresh_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """Load an encoder under its masked-language-model head, in ``eval`` mode on the CPU.
+
+    Args:
+        dropout: Overrides every dropout probability of the model.
+        seed: A fresh head is a function of the model's architecture and this alone.
+        allow_fresh_head: Take an encoder that has no such head, for training.
+
+    Raises:
+        LoadError: see there; ``model_unsuitable`` where the head is missing and must not be.
+    """
+    folder = inspect_folder(path)
+    config = _load_config(folder)
+    if dropout is not None:
+        _override_dropout(config, dropout)
+    with _seeded(seed):
+        model, info = _load_model(AutoModelForMaskedLM, folder, config=config, dtype=dtype)
+    missing = sorted(info["missing_keys"])
+    _refuse_missing(folder, [name for name in missing if not _belongs_to_head(model, name)])
+    if missing and not allow_fresh_head:
+        raise LoadError(
+            "model_unsuitable",
+            f"model '{folder.name}' has no trained masked-language-model head: "
+            f"{missing[0]} is missing",
+            "Choose a model that was pretrained on masked text, or fine-tune it for fill-mask first.",
+        )
+    return model
+
+
+def load_encoder(
+    path: str | Path, *, dtype: torch.dtype, dropout: float | None = None
+) -> PreTrainedModel:
+    """Load the encoder below whatever head a folder has, in ``eval`` mode on the CPU.
+
+    Its output is ``last_hidden_state``: a pooler that the folder lacks is made up, and not trained.
+
+    Raises:
+        LoadError: see there. No tensor but a pooler's may be missing.
+    """
+    folder = inspect_folder(path)
+    config = _load_config(folder)
+    if dropout is not None:
+        _override_dropout(config, dropout)
+    with _seeded(0):
+        model, info = _load_model(AutoModel, folder, config=config, dtype=dtype)
+    missing = sorted(info["missing_keys"])
+    _refuse_missing(folder, [name for name in missing if not name.startswith("pooler.")])
+    return model
+
+
+def load_seq2seq(
+    path: str | Path, *, dtype: torch.dtype, dropout: float | None = None
+) -> PreTrainedModel:
+    """Load an encoder-decoder language model in ``eval`` mode on the CPU.
+
+    Raises:
+        LoadError: see there. No tensor may be missing.
+    """
+    folder = inspect_folder(path)
+    config = _load_config(folder)
+    if dropout is not None:
+        _override_dropout(config, dropout)
+    model, info = _load_model(AutoModelForSeq2SeqLM, folder, config=config, dtype=dtype)
     _refuse_missing(folder, sorted(info["missing_keys"]))
     return model
 
@@ -155,7 +258,7 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     except Exception as error:
         raise LoadError(
             "model_unsuitable",
-            f"the tokenizer of model folder '{folder.name}' cannot be loaded: {_first_line(error)}",
+            f"the tokenizer of model folder '{folder.name}' cannot be loaded: {first_line(error)}",
             "tokenizer.save_pretrained(folder) writes its files beside the model's.",
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -171,117 +274,6 @@ def load_tokenizer(path: str | Path, **options: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def inspect_folder(path: str | Path, *, weights: bool = True) -> Path:
-    """Look a model folder over without loading anything; returns its resolved path.
-
-    Raises:
-        LoadError: not a folder, no safetensors weights (where ``weights``), or something in it
-            names a file outside of it, another model, or code.
-    """
-    given = Path(path)
-    if not given.is_absolute() or not given.is_dir():
-        # Transformers would take a path that does not exist for a hub id.
-        raise LoadError("model_not_found", f"'{path}' is no model folder")
-    folder = given.resolve()
-    _refuse_links_outside(folder)
-    config = _read_json(folder / "config.json", required=weights)
-    if "transformers_weights" in config:
-        raise LoadError("model_unsafe", f"config.json of '{folder.name}' names its own weight file")
-    if (folder / "adapter_config.json").exists():
-        raise LoadError(
-            "model_unsuitable",
-            f"'{folder.name}' holds an adapter, not a whole model",
-            "Merge the adapter into its base model (merge_and_unload) and save that.",
-        )
-    tokenizer = _read_json(folder / "tokenizer_config.json", required=False)
-    for name in _strings(tokenizer.get("fast_tokenizer_files")):
-        _require_plain_name(folder, name, "tokenizer_config.json")
-    if weights:
-        _inspect_weights(folder)
-    return folder
-
-
-def _inspect_weights(folder: Path) -> None:
-    if (folder / ".metadata").exists() or any(folder.glob("shard-*-model-*.safetensors")):
-        raise LoadError(
-            "model_unsuitable",
-            f"'{folder.name}' is a distributed checkpoint, not a model folder",
-            "Load it where it was made and save it with model.save_pretrained(folder).",
-        )
-    if (folder / WEIGHTS).is_file():
-        return
-    if not (folder / INDEX).is_file():
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
-        if pickles:
-            raise LoadError(
-                "model_unsafe",
-                f"'{folder.name}' has its weights only as a pickle ({pickles[0]}): it could run code",
-                "Convert it where you trust it: model.save_pretrained(folder) writes safetensors.",
-            )
-        raise LoadError(
-            "model_not_found",
-            f"'{folder.name}' has no {WEIGHTS} and no {INDEX}",
-            "A model folder is what model.save_pretrained(folder) writes.",
-        )
-    index = _read_json(folder / INDEX, required=True)
-    files = index.get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise LoadError("model_damaged", f"{INDEX} of '{folder.name}' has no weight_map")
-    for name in sorted({str(value) for value in files.values()}):
-        _require_plain_name(folder, name, INDEX)
-        if not name.endswith(".safetensors"):
-            raise LoadError(
-                "model_unsafe", f"{INDEX} of '{folder.name}' names '{name}', not safetensors"
-            )
-        if not (folder / name).is_file():
-            raise LoadError("model_damaged", f"'{name}' is missing from '{folder.name}'")
-
-
-def _refuse_links_outside(folder: Path) -> None:
-    for count, entry in enumerate(folder.rglob("*")):
-        if count >= _ENTRY_LIMIT:
-            raise LoadError(
-                "model_unsuitable",
-                f"'{folder.name}' has over {_ENTRY_LIMIT} entries: it is no model folder",
-            )
-        if entry.is_symlink() and not entry.resolve().is_relative_to(folder):
-            raise LoadError(
-                "model_unsafe",
-                f"'{entry.relative_to(folder)}' in '{folder.name}' links to a place outside it",
-                "Copy the folder with its links followed (cp -rL).",
-            )
-
-
-def _require_plain_name(folder: Path, name: str, where: str) -> None:
-    if name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
-        raise LoadError(
-            "model_unsafe", f"{where} of '{folder.name}' names '{name}', a file outside the folder"
-        )
-
-
-def _read_json(path: Path, *, required: bool) -> dict[str, Any]:
-    if not path.is_file():
-        if required:
-            raise LoadError(
-                "model_not_found",
-                f"'{path.parent.name}' has no {path.name}",
-                "A model folder is what model.save_pretrained(folder) writes.",
-            )
-        return {}
-    try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise ValueError("it is far too large")
-        content = json.loads(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it is no JSON object")
-    except ValueError as error:
-        raise LoadError(
-            "model_damaged",
-            f"{path.name} of '{path.parent.name}' cannot be read: {_first_line(error)}",
-        ) from error
-    return content
-
-
 def _load_config(folder: Path) -> PreTrainedConfig:
     try:
         with quiet():
@@ -292,12 +284,43 @@ def _load_config(folder: Path) -> PreTrainedConfig:
         raise LoadError(
             "model_unsuitable",
             f"config.json of '{folder.name}' describes no model that Transformers knows: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             "Models that bring their own code are not loaded.",
         ) from error
     # A folder may ask for a kernel from the hub here; what computes attention is ours to choose.
     config._attn_implementation = None
     return config
+
+
+def _load_classifier(
+    auto: Any,
+    folder: Path,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    other_size: bool,
+) -> Classifier:
+    """``other_size``: a head of another size than the labels' number is replaced by a fresh one."""
+    with _seeded(seed):
+        model, info = _load_model(
+            auto, folder, config=config, dtype=dtype, ignore_mismatched_sizes=other_size
+        )
+    mismatched = {
+        entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]
+    }
+    fresh = sorted({*info["missing_keys"], *mismatched})
+    _refuse_missing(folder, [name for name in fresh if not _belongs_to_head(model, name)])
+    return Classifier(model=model, fresh=tuple(fresh))
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Fresh parameters follow the seed; the global generator is left as it was found: an engine loads
+    while others sample."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 def _load_model(
@@ -318,18 +341,17 @@ def _load_model(
         raise
     except SafetensorError as error:
         raise LoadError(
-            "model_damaged", f"the weights of '{folder.name}' are damaged: {_first_line(error)}"
+            "model_damaged", f"the weights of '{folder.name}' are damaged: {first_line(error)}"
         ) from error
     except Exception as error:
         if "allocate memory" in str(error):
             raise
         if "Unrecognized configuration class" in str(error):
-            use = "classify text" if auto is AutoModelForSequenceClassification else "generate text"
             raise LoadError(
-                "model_unsuitable", f"a model of type '{config.model_type}' cannot {use}"
+                "model_unsuitable", f"a model of type '{config.model_type}' cannot {_USES[auto]}"
             ) from error
         raise LoadError(
-            "model_damaged", f"model folder '{folder.name}' cannot be loaded: {_first_line(error)}"
+            "model_damaged", f"model folder '{folder.name}' cannot be loaded: {first_line(error)}"
         ) from error
     if info["error_msgs"]:
         raise LoadError(
@@ -339,8 +361,13 @@ def _load_model(
     return model, info
 
 
+def _name_labels(config: PreTrainedConfig, labels: Sequence[str]) -> None:
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: index for index, name in enumerate(labels)}
+
+
 def _belongs_to_head(model: PreTrainedModel, name: str) -> bool:
-    """Whether a parameter is part of the classification head. A pooler is: encoders that were
+    """Whether a parameter is part of the task's head. A pooler is: encoders that were
     pretrained on masked text alone have none."""
     base = f"{model.base_model_prefix}."
     return not name.startswith(base) or name.startswith(f"{base}pooler.")
@@ -365,16 +392,6 @@ def _override_dropout(config: PreTrainedConfig, value: float) -> None:
         number = isinstance(old, int | float) and not isinstance(old, bool)
         if number or name == "classifier_dropout":
             setattr(config, name, value)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, Iterable) and not isinstance(value, str | bytes):
-        yield from (str(item) for item in value)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The device's warm inference engine: a process that keeps models loaded and computes rows.
 
-In reading order: ``process`` (messages), ``attempt`` (shards), ``inputs`` and ``prompts`` (a line becomes
-tokens), ``generation`` over ``runners`` and ``slots``, ``classification`` over ``batching``, ``models``.
+In reading order: ``process`` (messages), ``attempt`` (shards), ``inputs``, ``prompts`` and ``words`` (a line
+becomes tokens), ``tasks`` (which computation), then the computations. Encoders: ``passes`` over ``batching``
+with ``classification``, ``tagging`` and ``entities``, ``masks``, ``embeddings``. Writing: ``generating`` with
+``generation`` over ``runners`` and ``slots``, ``text2text`` over ``lockstep``. Last ``models`` and ``families``.
 """
 
 from workers.ranks.engine.process import main

@@ -13,15 +13,11 @@ import torch
 from shared.errors import DataError
 from shared.messages import InferAssignment, Progress, Shard, ShardComputed
 from shared.rows import read_lines, row_error
-from workers.ranks.engine.classification import Classification
-from workers.ranks.engine.computation import Computation
-from workers.ranks.engine.device import cache_budget, peak_bytes, reset_peak
-from workers.ranks.engine.generation import TextGeneration
+from workers.ranks.engine.device import peak_bytes, reset_peak
 from workers.ranks.engine.inputs import Request, RowProblem, read_request
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.pace import Pace
-from workers.ranks.engine.prompts import PromptEncoder
-from workers.ranks.engine.runners import choose_runner
+from workers.ranks.engine.tasks import choose_computation, choose_encoder
 
 OPENED_PER_STEP = 16
 """Shards opened between two looks at the channel, at most: they may be small, or all errors."""
@@ -53,8 +49,8 @@ class Attempt:
         self._assignment = assignment
         self._loaded = loaded
         self._warm = warm
-        self._encoder = PromptEncoder(loaded.tokenizer, assignment.spec, loaded.context)
-        self._computation = _computation(assignment, loaded)
+        self._encoder = choose_encoder(assignment, loaded)
+        self._computation = choose_computation(assignment, loaded)
         self._ordered: deque[Shard] = deque()
         self._open: dict[int, OpenShard] = {}
         self._known_rows = 0
@@ -171,15 +167,6 @@ class Attempt:
         return ShardComputed(
             attempt_id=self.id, index=done.shard.index, results=results, seconds=seconds
         )
-
-
-def _computation(assignment: InferAssignment, loaded: LoadedModel) -> Computation:
-    spec = assignment.spec
-    if spec.task == "text-classification":
-        return Classification(loaded, batch_size=spec.batch_size, top_k=spec.top_k_labels)
-    runner = choose_runner(loaded.model, spec.batch_size, loaded.slot_bytes_per_position)
-    budget = cache_budget(assignment.device, loaded.weight_bytes)
-    return TextGeneration(loaded, runner, spec.sampling, budget)
 
 
 def compute_dtype(assignment: InferAssignment) -> torch.dtype:

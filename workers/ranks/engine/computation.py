@@ -12,7 +12,7 @@ from workers.ranks.engine.prompts import Prompt
 @dataclass(frozen=True, slots=True)
 class Step:
     """What one step brought: results of finished rows, and how many tokens were computed
-    (generated ones for text-generation, input tokens for text-classification)."""
+    (generated ones where text is written, input tokens elsewhere)."""
 
     results: list[dict[str, Any]]
     tokens: int

@@ -26,12 +26,13 @@ class RowProblem(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row that may be computed: exactly one of ``text`` and ``messages`` is set."""
+    """A row that may be computed: exactly one of ``text``, ``messages`` and ``words`` is set."""
 
     row: int
     id: Any
     text: str | None = None
     messages: list[dict[str, str]] | None = None
+    words: tuple[str, ...] | None = None
 
 
 def read_request(row: int, line: bytes, spec: InferSpec) -> Request:
@@ -39,7 +40,7 @@ def read_request(row: int, line: bytes, spec: InferSpec) -> Request:
 
     Raises:
         RowProblem: line_too_long, invalid_utf8, invalid_json, invalid_row, missing_column,
-            empty_text or invalid_messages.
+            empty_text, invalid_messages or invalid_tokens.
     """
     fields = _parse(line)
     id = fields.get("id")
@@ -75,9 +76,10 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _request(row: int, id: Any, fields: dict[str, Any], spec: InferSpec) -> Request:
-    if spec.task == "text-classification":
-        column = spec.text_column or "text"
-        return Request(row, id, text=_text(fields, column))
+    if spec.task == "token-classification":
+        return _tagging_request(row, id, fields, spec.text_column)
+    if spec.task != "text-generation":
+        return Request(row, id, text=_text(fields, spec.text_column or "text"))
     if spec.text_column is not None:
         if isinstance(fields.get(spec.text_column), list):
             return Request(row, id, messages=_messages(fields[spec.text_column], spec.text_column))
@@ -89,6 +91,36 @@ def _request(row: int, id: Any, fields: dict[str, Any], spec: InferSpec) -> Requ
     if "prompt" not in fields:
         raise RowProblem("missing_column", f"no 'prompt' and no 'messages'; {_columns(fields)}")
     return Request(row, id, text=_text(fields, "prompt"))
+
+
+def _tagging_request(row: int, id: Any, fields: dict[str, Any], asked: str | None) -> Request:
+    """Words where the column is a list, else a text. With no column asked for, ``tokens`` goes before
+    ``text``: rows of data sets often have both."""
+    if asked is None and not {"tokens", "text"} & fields.keys():
+        raise RowProblem("missing_column", f"no 'tokens' and no 'text'; {_columns(fields)}")
+    column = asked or ("tokens" if "tokens" in fields else "text")
+    value = fields.get(column)
+    if isinstance(value, list) or (asked is None and column == "tokens"):
+        return Request(row, id, words=_words(value, column))
+    return Request(row, id, text=_text(fields, column))
+
+
+def _words(value: Any, column: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise RowProblem(
+            "invalid_tokens",
+            f"column '{column}' must be a list of words, not {_kind(value)}; a text goes into 'text'",
+        )
+    for i, word in enumerate(value):
+        if not isinstance(word, str):
+            raise RowProblem(
+                "invalid_tokens", f"'{column}'[{i}] must be a string, not {_kind(word)}"
+            )
+        if not _is_utf8(word):
+            raise RowProblem("invalid_utf8", f"'{column}'[{i}] holds half of a surrogate pair")
+    if not any(word.strip() for word in value):
+        raise RowProblem("empty_text", f"column '{column}' has no words")
+    return tuple(value)
 
 
 def _text(fields: dict[str, Any], column: str) -> str:

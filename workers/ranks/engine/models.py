@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from shared.errors import ModelNotFound, UnsupportedModel
+from shared.specs import SEQ2SEQ, Task
 from workers.ranks.engine.device import release_unused
+from workers.ranks.engine.families import context_length, load_for_task, refuse_tokenizer
+from workers.ranks.engine.lockstep import CacheCost, measure_decoder
+from workers.ranks.engine.padding import pad_token, same_when_padded
 from workers.ranks.engine.rewrite import rewrite_for_speed
 from workers.ranks.engine.runners import measure_slots
-from workers.ranks.loading import (
-    LoadError,
-    inspect_folder,
-    load_causal_lm,
-    load_sequence_classifier,
-    load_tokenizer,
-)
-
-Task = Literal["text-generation", "text-classification"]
+from workers.ranks.loading import LoadError, load_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +43,14 @@ class LoadedModel:
     """How long loading took."""
     weight_bytes: int
     context: int
-    """Tokens that a row, input and output together, may have."""
-    slot_bytes_per_position: int | None
+    """Tokens that a row may have; for text-generation input and output together."""
+    pad_token: int
+    batches: bool
+    """Rows share a pass, proved by a small computation; otherwise each is computed alone."""
+    slot_bytes_per_position: int | None = None
     """For text-generation: see :func:`workers.ranks.engine.runners.measure_slots`."""
+    cache_cost: CacheCost | None = None
+    """For text2text: see :func:`workers.ranks.engine.lockstep.measure_decoder`."""
 
 
 class ModelCache:
@@ -101,66 +99,31 @@ def model_key(task: Task, path: str, dtype: torch.dtype, device: torch.device) -
 def _load(key: ModelKey) -> LoadedModel:
     started = time.monotonic()
     try:
-        model = _load_for_task(key)
+        model = load_for_task(key.task, key.path, key.dtype)
         tokenizer = load_tokenizer(key.path)
     except LoadError as error:
         if error.code == "model_not_found":
             raise ModelNotFound(error.message, param="model", hint=error.hint) from error
         code = "unsupported_model" if error.code == "model_unsuitable" else error.code
         raise UnsupportedModel(error.message, param="model", hint=error.hint, code=code) from error
+    refuse_tokenizer(key.task, key.path, tokenizer)
     rewrite_for_speed(model)
     model.to(key.device)  # type: ignore[arg-type]  # (a decorated method that mypy misreads)
     slots = measure_slots(model) if key.task == "text-generation" else None
+    cost = measure_decoder(model, tokenizer) if key.task in SEQ2SEQ else None
+    if key.task == "text-generation":
+        batches = slots is not None
+    else:
+        batches = cost.batches if cost is not None else same_when_padded(model, tokenizer)
     return LoadedModel(
         key=key,
         model=model,
         tokenizer=tokenizer,
         seconds=time.monotonic() - started,
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
-        context=_context_length(model, tokenizer, key.task),
+        context=context_length(key.task, key.path, model, tokenizer),
+        pad_token=pad_token(model, tokenizer),
+        batches=batches,
         slot_bytes_per_position=slots,
+        cache_cost=cost,
     )
-
-
-def _load_for_task(key: ModelKey) -> PreTrainedModel:
-    if key.task == "text-classification":
-        classifier = load_sequence_classifier(key.path, dtype=key.dtype)
-        if classifier.fresh_head:
-            raise UnsupportedModel(
-                f"model '{Path(key.path).name}' has no trained classification head",
-                param="model",
-                hint="Fine-tune it for text-classification first and use that job's model.",
-            )
-        return classifier.model
-    folder = inspect_folder(key.path)
-    made_as = json.loads((folder / "config.json").read_bytes()).get("architectures") or ()
-    if made_as and not set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()).intersection(made_as):
-        raise _not_generative(folder, str(made_as[0]))
-    model = load_causal_lm(key.path, key.dtype)
-    # BERT and kin load under a language-model head too, but they see the future: only their
-    # configurations have ``is_decoder``, and it is off.
-    if getattr(model.config, "is_decoder", True) is False:
-        raise _not_generative(folder, type(model).__name__)
-    return model
-
-
-def _not_generative(folder: Path, made_as: str) -> UnsupportedModel:
-    return UnsupportedModel(
-        f"model '{folder.name}' was made as {made_as} and cannot generate text",
-        param="model",
-        hint="Choose a causal language model (GPT, Llama and kin).",
-    )
-
-
-def _context_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> int:
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None) or 1_000_000
-    if task == "text-generation":
-        return int(positions)
-    for name, module in model.named_modules():
-        # RoBERTa and kin number positions from padding_idx + 1: the table has fewer of use.
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            positions = module.num_embeddings
-            if module.padding_idx is not None:
-                positions -= module.padding_idx + 1
-    return int(min(positions, tokenizer.model_max_length))

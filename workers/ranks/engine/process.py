@@ -116,8 +116,8 @@ class Engine:
         name, precision = Path(assignment.model_path).name, str(dtype).removeprefix("torch.")
         how = "is warm" if warm else f"loaded in {seconds:.1f} s"
         print(f"model {name} ({precision}, {assignment.device.id}) {how}", flush=True)
-        if assignment.spec.task == "text-generation" and loaded.slot_bytes_per_position is None:
-            print("its attention cannot be batched over slots: rows go one by one", flush=True)
+        if not loaded.batches:
+            print("it computes rows that share a pass otherwise: rows go one by one", flush=True)
         self._channel.send(Ready(seconds=0.0 if warm else seconds, warm=warm))
 
     def _compute(self, attempt: Attempt) -> None:

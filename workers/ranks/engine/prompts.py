@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -15,34 +15,90 @@ from workers.ranks.engine.inputs import Request, RowProblem
 
 
 @dataclass(frozen=True, slots=True)
+class Word:
+    """A word of a prompt: where it is in its source (characters of a text, or the place in a list),
+    and the first of its tokens; None where it has none, or was cut away."""
+
+    start: int
+    end: int
+    token: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row as the model takes it."""
+    """A row as the model takes it. ``source`` and ``words`` are there for the tasks whose output
+    points back into the input."""
 
     row: int
     id: Any
     ids: tuple[int, ...]
+    source: str | tuple[str, ...] = ""
+    words: tuple[Word, ...] = ()
+
+
+class Encoder(Protocol):
+    """Makes prompts of requests."""
+
+    def encode(self, requests: Sequence[Request]) -> tuple[list[Prompt], list[dict[str, Any]]]:
+        """Prompts, and results for the rows that got an error instead."""
+
+
+class InputLimit:
+    """How many tokens of input a row may have, and what is said about more.
+
+    Args:
+        context: tokens that the model takes.
+        reserved: how many of them the output needs.
+    """
+
+    def __init__(self, spec: InferSpec, context: int, reserved: int = 0) -> None:
+        self._context = context
+        self._reserved = reserved
+        self._own = spec.max_length
+        self._cut = spec.too_long == "truncate"
+        self.tokens = context - reserved
+        if spec.max_length is not None:
+            self.tokens = min(self.tokens, spec.max_length)
+
+    def must_cut(self, tokens: int) -> bool:
+        """Whether an input is cut to ``self.tokens``; else it is taken whole.
+
+        Raises:
+            RowProblem: too_long.
+        """
+        if tokens <= self.tokens:
+            return False
+        if not self._cut or self.tokens < 1:
+            raise RowProblem("too_long", self._why(tokens))
+        return True
+
+    def _why(self, tokens: int) -> str:
+        if self.tokens == self._own:
+            return f"the input has {tokens} tokens; max_length allows {self.tokens}"
+        if self._reserved:
+            return (
+                f"the input has {tokens} tokens and max_new_tokens is {self._reserved}: together over "
+                f"the model's context of {self._context}"
+            )
+        return f"the input has {tokens} tokens; the model takes {self._context}"
 
 
 class PromptEncoder:
     """Tokenises the requests of one job.
 
     Args:
-        context: tokens that a row may have, output included.
+        context: tokens that a row may have; for text-generation with its output.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: InferSpec, context: int) -> None:
         self._tokenizer = tokenizer
-        self._spec = spec
-        self._context = context
-        self._generates = spec.task == "text-generation"
-        self._reserved = spec.sampling.max_new_tokens if self._generates else 0
-        self.limit = context - self._reserved
-        """Tokens of input that a row may have."""
-        if spec.max_length is not None:
-            self.limit = min(self.limit, spec.max_length)
+        self._continues = spec.task == "text-generation"
+        self._limit = InputLimit(
+            spec, context, spec.sampling.max_new_tokens if self._continues else 0
+        )
 
     def encode(self, requests: Sequence[Request]) -> tuple[list[Prompt], list[dict[str, Any]]]:
-        """Prompts, and results for the rows that got an error instead."""
+        """See :class:`Encoder`."""
         prompts: list[Prompt] = []
         errors: list[dict[str, Any]] = []
         texts: list[tuple[Request, str]] = []
@@ -52,7 +108,7 @@ class PromptEncoder:
                 if request.messages is not None:
                     chats.append((request, self._render(request.messages)))
                 else:
-                    texts.append((request, request.text or ""))
+                    texts.append((request, self._prepare(request.text or "")))
             except RowProblem as problem:
                 errors.append(row_error(request.row, problem.code, problem.message, id=request.id))
         # A rendered chat has its special tokens from the template already.
@@ -60,14 +116,19 @@ class PromptEncoder:
             encoded = self._tokenise([text for _, text in group], add_special_tokens)
             for (request, text), ids in zip(group, encoded, strict=True):
                 try:
-                    fitted = self._fit(text, ids)
+                    prompts.append(self._prompt(request, text, self._fit(text, ids)))
                 except RowProblem as problem:
                     errors.append(
                         row_error(request.row, problem.code, problem.message, id=request.id)
                     )
-                else:
-                    prompts.append(Prompt(request.row, request.id, tuple(fitted)))
         return prompts, errors
+
+    def _prepare(self, text: str) -> str:
+        """What is tokenised for a text."""
+        return text
+
+    def _prompt(self, request: Request, text: str, ids: list[int]) -> Prompt:  # noqa: ARG002
+        return Prompt(request.row, request.id, tuple(ids))
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         if not self._tokenizer.chat_template:
@@ -101,23 +162,12 @@ class PromptEncoder:
     def _fit(self, text: str, ids: list[int]) -> list[int]:
         if not ids:
             raise RowProblem("empty_text", "the text has no tokens for this model")
-        if len(ids) <= self.limit:
+        if not self._limit.must_cut(len(ids)):
             return ids
-        if self._spec.too_long == "error" or self.limit < 1:
-            raise RowProblem("too_long", self._why_too_long(len(ids)))
-        if self._generates:
+        limit = self._limit.tokens
+        if self._continues:
             # What comes last is what is continued. For messages that cuts the oldest ones.
-            return ids[-self.limit :]
+            return ids[-limit:]
         # The tokenizer cuts by itself, so that the closing special token stays.
-        cut: list[int] = self._tokenizer(text, truncation=True, max_length=self.limit)["input_ids"]
+        cut: list[int] = self._tokenizer(text, truncation=True, max_length=limit)["input_ids"]
         return cut
-
-    def _why_too_long(self, tokens: int) -> str:
-        if self._spec.max_length is not None and self.limit == self._spec.max_length:
-            return f"the input has {tokens} tokens; max_length allows {self.limit}"
-        if self._generates:
-            return (
-                f"the input has {tokens} tokens and max_new_tokens is {self._reserved}: together over "
-                f"the model's context of {self._context}"
-            )
-        return f"the input has {tokens} tokens; the model takes {self._context}"

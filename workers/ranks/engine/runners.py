@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from workers.ranks.engine.head import only_at
 from workers.ranks.engine.slots import SlotCache
 
 
@@ -63,21 +64,15 @@ class SlotRunner:
         self._cache.reserve(width)
         self._cache.begin_prefill(first)
 
-        def only_last(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
-            hidden = args[0]
-            return (hidden[torch.arange(len(prompts), device=hidden.device), last][:, None],)
-
+        rows = torch.arange(len(prompts), device=self._device)
         # The vocabulary's logits are wanted for one position of each row, not for all.
-        head: torch.nn.Module = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        hook = head.register_forward_pre_hook(only_last)
-        try:
-            return self._forward(
+        with only_at(self._model, rows, last, ids.shape) as narrowed:
+            logits = self._forward(
                 ids.to(self._device),
                 causal[None, None].expand(len(prompts), 1, width, width),
                 torch.arange(width, device=self._device).expand(len(prompts), width),
             )
-        finally:
-            hook.remove()
+        return logits[:, 0] if narrowed() else logits[rows, last]
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         visible = max(positions) + 1
@@ -86,7 +81,7 @@ class SlotRunner:
         mask = torch.arange(visible, device=self._device)[None] <= at[:, None]
         self._cache.begin_decode(at, visible)
         ids = torch.tensor(tokens, device=self._device)[:, None]
-        return self._forward(ids, mask[:, None, None], at[:, None])
+        return self._forward(ids, mask[:, None, None], at[:, None])[:, -1]
 
     def move(self, source: int, target: int, length: int) -> None:
         self._cache.move(source, target, length)
@@ -113,7 +108,7 @@ class SlotRunner:
             use_cache=True,
         )
         logits: torch.Tensor = output.logits
-        return logits[:, -1]
+        return logits
 
 
 class SingleRunner:

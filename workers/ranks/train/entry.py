@@ -6,32 +6,30 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from shared.lifecycle import FailureClass
 from shared.messages import Done, Failed, Ready, TrainAssignment
+from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError
-from workers.ranks.train.data import LabelledTexts, find_labels, read_texts, split
 from workers.ranks.train.deliver import deliver
 from workers.ranks.train.device import Compute, open_device
-from workers.ranks.train.evaluate import Evaluation, by_label
-from workers.ranks.train.failures import Stopped, TrainingFailed, explain
+from workers.ranks.train.distillation import distil
+from workers.ranks.train.examples import Examples
+from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
+from workers.ranks.train.freezing import freeze
 from workers.ranks.train.gang import join
-from workers.ranks.train.loop import Trainer
-from workers.ranks.train.model import (
-    Loaded,
-    freeze,
-    load,
-    make_optimizer,
-    order_labels,
-)
-from workers.ranks.train.order import BatchPlan, plan_batches
+from workers.ranks.train.loop import Trainer, best_model
+from workers.ranks.train.optimizer import make_optimizer
+from workers.ranks.train.order import BatchPlan, Indices, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
+from workers.ranks.train.reading import read_data, training_file
 from workers.ranks.train.reports import RankChannel, Reporter
 from workers.ranks.train.schedule import Schedule, make_schedule
+from workers.ranks.train.scratch import begin_from_scratch
 from workers.ranks.train.state import (
     Position,
     Resumed,
@@ -39,6 +37,12 @@ from workers.ranks.train.state import (
     require_agreement,
     resume,
 )
+from workers.ranks.train.stopping import best_of
+from workers.ranks.train.tasks import Task, open_task
+from workers.ranks.train.tasks.base import Evaluation, Objective
+
+if TYPE_CHECKING:
+    from workers.ranks.train.lora import Adapter
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 3
 """Exit codes. ``STOPPED``: the worker ordered it, or is gone."""
@@ -58,6 +62,8 @@ def main(channel: RankChannel) -> int:
     except Stopped as order:
         reporter.say(f"stopped: {order}")
         return STOPPED
+    except Preempted as end:
+        return _leave(reporter, assignment, end)
     except BaseException as error:
         return _fail(reporter, attempt, error)
     return SUCCEEDED
@@ -70,24 +76,31 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
 
     began = time.monotonic()
     model_path = Path(assignment.model_path)
-    labels = order_labels(find_labels(Path(assignment.train_path), spec.data.columns), model_path)
-    loaded = load(model_path, labels, options)
-    training, validation = _read(assignment, loaded)
+    if spec.architecture is not None:
+        model_path = begin_from_scratch(assignment, gang, reporter)
+    task = open_task(spec, model_path, training_file(assignment))
+    training, validation, rows = read_data(assignment, task, gang, reporter)
     plan, schedule = _plan(assignment, len(training))
-    pad = loaded.tokenizer.pad_token_id
-    _require_fitting_tokenizer(loaded, training, validation)
+    model = task.loaded.model
+    _require_fitting_tokenizer(task, training, validation)
 
-    model = loaded.model
     model.to(compute.device)  # type: ignore[arg-type]
+    adapter = None
+    if spec.method == "lora":
+        adapter = _add_lora(task, spec)
     frozen = freeze(model, options.freeze)
-    unused = set_aside_unused(model, warm_up_batch(training, plan, pad, compute), compute)
+    objective = _objective(assignment, task, rows, compute, reporter)
+    warm_up = warm_up_batch(objective, training, plan, compute)
+    unused = set_aside_unused(objective, model, warm_up, compute)
     optimizer = make_optimizer(model, options)
     own = fingerprint(spec, training.digest(), model)
     require_agreement(gang, own)
-    _say_what(reporter, assignment, loaded, compute, frozen, unused)
-    _say_how_much(reporter, training, validation, labels, plan)
+    _say_what(reporter, model_path.name, assignment, task, compute, frozen, unused)
+    _say_how_much(reporter, training, validation, task, plan)
 
-    resumed = resume(assignment, model, optimizer, own, gang, reporter)
+    resumed = resume(
+        assignment, model, optimizer, own, gang, reporter, lambda place: best_model(task, place)
+    )
     position = resumed.position if resumed else Position()
     if resumed:
         reporter.say(
@@ -96,19 +109,20 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         )
     trainer = Trainer(
         spec=spec,
+        task=task,
+        objective=objective,
         model=model,
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
-        labels=labels,
         training=training,
         validation=validation,
-        pad=pad,
         compute=compute,
         gang=gang,
         reporter=reporter,
         checkpoints=Path(assignment.work_dir) / "checkpoints",
         fingerprint=own,
+        best=resumed.best if resumed else None,
     )
     reporter.send(Ready(seconds=time.monotonic() - began))
 
@@ -119,28 +133,42 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
 
     summary: dict[str, Any] = {}
     if gang.rank == 0:
-        summary = _summary(plan, position, evaluation, resumed, first, seconds)
-        _deliver(assignment, loaded, plan, position, evaluation, summary, compute, reporter)
+        summary = {
+            **_summary(task, plan, position, evaluation, resumed, first, seconds),
+            "stopped_early": trainer.stopped_early,
+            "best": _best(position, task),
+        }
+        _deliver(assignment, task, plan, position, evaluation, summary, compute, adapter, reporter)
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
 
 
-def _read(
-    assignment: TrainAssignment, loaded: Loaded
-) -> tuple[LabelledTexts, LabelledTexts | None]:
-    """Training and validation data: from a file of its own, split off, or none."""
-    data, seed = assignment.spec.data, assignment.spec.hyperparameters.seed
+def _objective(
+    assignment: TrainAssignment,
+    task: Task,
+    rows: Indices | None,
+    compute: Compute,
+    reporter: Reporter,
+) -> Objective:
+    """What is minimised: the task's own loss, unless a teacher has a say in it."""
+    if assignment.teacher_path is None:
+        return task
+    teacher, file = Path(assignment.teacher_path), training_file(assignment)
+    objective, what = distil(task, assignment.spec, teacher, file, rows)
+    objective.to(compute.device)
+    reporter.say(f"teacher {what}")
+    return objective
 
-    def read(path: str) -> LabelledTexts:
-        return read_texts(
-            Path(path), data.columns, loaded.labels, loaded.tokenizer, loaded.max_length
-        )
 
-    training = read(assignment.train_path)
-    if assignment.validation_path is not None:
-        return training, read(assignment.validation_path)
-    if data.validation_split is not None:
-        return split(training, data.validation_split, seed)
-    return training, None
+def _add_lora(task: Task, spec: TrainSpec) -> Adapter:
+    # Imported here: PEFT takes seconds, and most trainings do without it.
+    from workers.ranks.train.lora import add_lora
+
+    return add_lora(
+        task.loaded.model,
+        spec.adaptation,
+        seed=spec.hyperparameters.seed,
+        train_head=bool(task.loaded.labels),
+    )
 
 
 def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedule]:
@@ -164,11 +192,10 @@ def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedu
         ) from error
 
 
-def _require_fitting_tokenizer(
-    loaded: Loaded, training: LabelledTexts, validation: LabelledTexts | None
-) -> None:
-    largest = max(training.largest_token, validation.largest_token if validation else 0)
-    known = _vocabulary(loaded.model)
+def _require_fitting_tokenizer(task: Task, training: Examples, validation: Examples | None) -> None:
+    found = (training.largest_token, validation.largest_token if validation else 0)
+    largest = max(*found, task.largest_token)
+    known = _vocabulary(task.loaded.model)
     if largest >= known:
         raise LoadError(
             "model_unsuitable",
@@ -185,19 +212,22 @@ def _vocabulary(model: PreTrainedModel) -> int:
 
 def _say_what(
     reporter: Reporter,
+    name: str,
     assignment: TrainAssignment,
-    loaded: Loaded,
+    task: Task,
     compute: Compute,
     frozen: int,
     unused: int,
 ) -> None:
-    model = loaded.model
-    head = "a new classification head" if loaded.fresh_head else "its own classification head"
+    model = task.loaded.model
     aside = (f", {frozen:,} frozen" if frozen else "") + (f", {unused:,} unused" if unused else "")
+    if assignment.spec.method == "lora":
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        aside += f", {trained:,} trained (LoRA)"
     reporter.say(
-        f"model {Path(assignment.model_path).name}: {type(model).__name__}, "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters{aside}, {head} for "
-        f"{len(loaded.labels)} labels"
+        f"model {name}: {type(model).__name__}, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters{aside}, "
+        f"{task.loaded.head}"
     )
     reporter.say(
         f"device {assignment.device.id} ({compute.device.type}), precision {compute.precision}, "
@@ -208,17 +238,21 @@ def _say_what(
 
 def _say_how_much(
     reporter: Reporter,
-    training: LabelledTexts,
-    validation: LabelledTexts | None,
-    labels: tuple[str, ...],
+    training: Examples,
+    validation: Examples | None,
+    task: Task,
     plan: BatchPlan,
 ) -> None:
+    labels = f", {len(task.loaded.labels)} labels" if task.loaded.labels else ""
     reporter.say(
         f"data: {len(training):,} training and {len(validation) if validation else 0:,} validation "
-        f"examples, {len(labels)} labels; tokens an example: median "
+        f"examples{labels}; tokens an example: median "
         f"{int(np.median(training.lengths))}, longest {int(training.lengths.max())}"
         + (f"; {training.cut.sum():,} cut to that" if training.cut.any() else "")
     )
+    empty = int((training.weights == 0).sum())
+    if empty:
+        reporter.say(f"note: {empty:,} training examples have nothing to learn within that length")
     reporter.say(
         f"batch: {plan.ranks} ranks x {plan.micro_batch} micro-batch x {plan.accumulation} "
         f"accumulation = {plan.global_batch} global batch; {plan.steps_per_epoch} steps an epoch, "
@@ -232,6 +266,7 @@ def _say_how_much(
 
 
 def _summary(
+    task: Task,
     plan: BatchPlan,
     position: Position,
     evaluation: Evaluation | None,
@@ -247,7 +282,11 @@ def _summary(
     return {
         "steps": position.step,
         "epochs": position.step / plan.steps_per_epoch,
-        "metrics": evaluation.values() if evaluation else {},
+        "metrics": evaluation.values if evaluation else {},
+        "objective": {
+            "metric": task.judged_by,
+            "goal": "maximize" if task.is_better(1.0, 0.0) else "minimize",
+        },
         "seconds": round(seconds, 3),
         "examples_per_second": round(examples / max(1e-9, seconds), 3),
         "resumed_from": {"checkpoint": resumed.checkpoint.id, "step": resumed.checkpoint.step}
@@ -258,28 +297,61 @@ def _summary(
 
 def _deliver(
     assignment: TrainAssignment,
-    loaded: Loaded,
+    task: Task,
     plan: BatchPlan,
     position: Position,
     evaluation: Evaluation | None,
     summary: Mapping[str, Any],
     compute: Compute,
+    adapter: Adapter | None,
     reporter: Reporter,
 ) -> None:
     metrics = {
         **summary,
-        "labels": list(loaded.labels),
+        "labels": list(task.loaded.labels),
         "global_batch": plan.global_batch,
         "training_seconds": round(position.seconds, 3),
         "peak_memory_bytes": compute.peak_memory(),
         "evaluations": position.evaluations,
-        "best": max(position.evaluations, key=lambda entry: entry["accuracy"], default=None),
-        "per_class": by_label(evaluation, loaded.labels) if evaluation else {},
+        **(evaluation.details if evaluation else {}),
     }
     artifacts = Path(assignment.work_dir) / "artifacts"
-    for file in deliver(artifacts, loaded.model, loaded.tokenizer, metrics):
+    model, tokenizer = task.loaded.model, task.unused_tokenizer
+    base = assignment.spec.model or ""
+    written = deliver(artifacts, model, tokenizer, metrics, task.finish, adapter, base)
+    for file in written:
         reporter.artifact(artifacts, file)
     reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")
+
+
+def _best(position: Position, task: Task) -> dict[str, Any] | None:
+    """The best evaluation: by which metric, its value, and all that it measured."""
+    best = best_of(position.evaluations, task.judged_by, task.is_better)
+    if best is None:
+        return None
+    entry = next(each for each in position.evaluations if each["step"] == best.step)
+    return {"metric": best.metric, "value": best.value, **entry}
+
+
+def _leave(reporter: Reporter, assignment: TrainAssignment, end: Preempted) -> int:
+    """Rank 0 reports the end of the attempt, behind its checkpoint. The others wait for the worker to
+    tell them that it is over: a report of theirs could be there before the checkpoint is committed."""
+    reporter.say(f"preempted: {end}")
+    if assignment.rank != 0:
+        reporter.wait_for_end()
+        return STOPPED
+    try:
+        reporter.send(
+            Failed(
+                attempt_id=assignment.attempt_id,
+                failure_class=FailureClass.PREEMPTED,
+                code="preempted",
+                message=f"{reporter.asked_back or 'a device of the gang was wanted back'}; {end}",
+            )
+        )
+    except Stopped:
+        return STOPPED
+    return FAILED
 
 
 def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:

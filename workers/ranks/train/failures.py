@@ -26,7 +26,7 @@ class TrainingFailed(Exception):
 
 
 class DataProblem(TrainingFailed):
-    """The data cannot be used as they are; ``line`` counts from 1."""
+    """The data cannot be used as they are; ``line`` counts from 1, in ``unit``."""
 
     def __init__(
         self,
@@ -35,14 +35,19 @@ class DataProblem(TrainingFailed):
         *,
         name: str | None = None,
         line: int | None = None,
+        unit: str = "line",
         hint: str | None = None,
     ) -> None:
-        place = "" if name is None else f"{name}: " if line is None else f"{name}, line {line}: "
+        place = "" if name is None else f"{name}: " if line is None else f"{name}, {unit} {line}: "
         super().__init__(FailureClass.DATA_ERROR, code, f"{place}{message}", hint)
 
 
 class Stopped(Exception):
     """The worker ordered the rank to end, or is gone. Nothing is reported: nobody waits for it."""
+
+
+class Preempted(Exception):
+    """The gang has left its devices in good order: what is done so far is in a checkpoint."""
 
 
 # What gloo, NCCL and TCPStore say when the process at the other end of a connection is gone.

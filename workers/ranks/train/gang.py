@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -61,11 +61,21 @@ class Gang:
             return value
         return json.loads(self.store.get(key))
 
+    def wait_for(self, key: str, meanwhile: Callable[[], object]) -> None:
+        """Until rank 0 has shared ``key``, however long that takes; ``meanwhile`` is called again and
+        again, and waits a little. A rank 0 that is gone ends it with an error, as its store is."""
+        while self.store is not None and not self.store.check([key]):
+            meanwhile()
+
     def spread(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite the tensors of every rank with those of rank 0."""
+        """Overwrite the tensors of every rank with those of rank 0, wherever they lie: an optimizer
+        may count its steps on the host, which NCCL does not reach."""
         if self.store is not None:
             for tensor in tensors:
-                dist.broadcast(tensor, src=0)
+                moved = tensor.to(self.device)
+                dist.broadcast(moved, src=0)
+                if moved is not tensor:
+                    tensor.copy_(moved)
 
     def leave(self) -> None:
         """End the process group after a success. After a failure the process just exits: a

@@ -1,45 +1,33 @@
-"""Forward passes, and the model as DDP computes it."""
+"""The model as DDP computes it."""
 
 from __future__ import annotations
 
 import warnings
 
-import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from workers.ranks.train.data import Batch, LabelledTexts
 from workers.ranks.train.device import Compute
+from workers.ranks.train.examples import Batch, Examples
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import BatchPlan
+from workers.ranks.train.tasks.base import Objective
 
 
-def batch_loss(
-    model: nn.Module, batch: Batch, compute: Compute, smoothing: float = 0.0
-) -> torch.Tensor:
-    """Cross entropy summed over the examples of a micro-batch, in fp32."""
-    batch = batch.to(compute.device)
-    with compute.autocast():
-        logits = model(**batch.inputs).logits
-    return cross_entropy(logits.float(), batch.labels, reduction="sum", label_smoothing=smoothing)
-
-
-def warm_up_batch(data: LabelledTexts, plan: BatchPlan, pad: int, compute: Compute) -> Batch:
+def warm_up_batch(objective: Objective, data: Examples, plan: BatchPlan, compute: Compute) -> Batch:
     """For passes that are thrown away. On CUDA the largest micro-batch there is, so that a lack of
     memory shows at once and not in the middle of an epoch; on a CPU the cheapest."""
     by_length = data.lengths.argsort(kind="stable")
-    return data.batch(
-        by_length[-plan.micro_batch :] if compute.device.type == "cuda" else by_length[:1], pad
-    )
+    chosen = by_length[-plan.micro_batch :] if compute.device.type == "cuda" else by_length[:1]
+    return objective.batch(data, chosen, seed=0).to(compute.device)
 
 
-def set_aside_unused(model: nn.Module, batch: Batch, compute: Compute) -> int:
+def set_aside_unused(objective: Objective, model: nn.Module, batch: Batch, compute: Compute) -> int:
     """Exclude the parameters that the loss does not depend on (a pooler that the head skips) from
     training; returns how many numbers they are. DDP would wait for gradients that never come."""
     model.train()
-    batch_loss(model, batch, compute).backward()  # type: ignore[no-untyped-call]
+    objective.loss(model, batch, compute).backward()  # type: ignore[no-untyped-call]
     unused = 0
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.grad is None:
@@ -49,7 +37,9 @@ def set_aside_unused(model: nn.Module, batch: Batch, compute: Compute) -> int:
     return unused
 
 
-def parallelise(model: PreTrainedModel, batch: Batch, compute: Compute, gang: Gang) -> nn.Module:
+def parallelise(
+    objective: Objective, model: PreTrainedModel, batch: Batch, compute: Compute, gang: Gang
+) -> nn.Module:
     """The model as the gang computes it, warmed up with ``batch``; a gang of one needs no DDP."""
     model.train()
     if gang.world_size == 1:
@@ -68,6 +58,6 @@ def parallelise(model: PreTrainedModel, batch: Batch, compute: Compute, gang: Ga
     # differ in its last bits from the same step without one. Two passes that are thrown away put
     # that behind us, in fresh and in resumed runs alike.
     for _ in range(2):
-        batch_loss(wrapped, batch, compute).backward()  # type: ignore[no-untyped-call]
+        objective.loss(wrapped, batch, compute).backward()  # type: ignore[no-untyped-call]
         model.zero_grad(set_to_none=True)
     return wrapped

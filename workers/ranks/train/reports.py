@@ -15,6 +15,7 @@ from shared.messages import (
     JoinRendezvous,
     Metric,
     Notice,
+    Preempt,
     Progress,
     Stop,
     TrainAssignment,
@@ -23,7 +24,7 @@ from workers.channel import Channel, ChannelClosed
 from workers.ranks.checkpoint import digest
 from workers.ranks.train.failures import Stopped, TrainingFailed
 
-RankChannel = Channel[Assignment | ComputeShards | JoinRendezvous | Stop]
+RankChannel = Channel[Assignment | ComputeShards | JoinRendezvous | Stop | Preempt]
 _PROGRESS_SECONDS = 0.25
 _ASSIGNMENT_SECONDS = 60.0
 
@@ -35,6 +36,18 @@ class Reporter:
         self._channel = channel
         self._speaks = False
         self._next_progress = 0.0
+        self._preempt: Preempt | None = None
+        self._leave_by = 0.0
+
+    @property
+    def asked_back(self) -> str | None:
+        """Why the device is wanted back, if it is."""
+        return None if self._preempt is None else self._preempt.reason
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the device has to be free, where it is wanted back."""
+        return self._leave_by - time.monotonic()
 
     def receive_assignment(self) -> TrainAssignment:
         """The first message on the channel. Rank 0 speaks for the gang in the log from here on."""
@@ -63,7 +76,17 @@ class Reporter:
             raise Stopped("the worker is gone") from None
         if isinstance(order, Stop):
             raise Stopped(order.reason)
+        if isinstance(order, Preempt):
+            self._preempt, self._leave_by = order, time.monotonic() + order.seconds
         return order if isinstance(order, JoinRendezvous) else None
+
+    def wait_for_end(self) -> None:
+        """Until the worker says that it is over, or is gone."""
+        try:
+            while True:
+                self.check_orders(wait=60.0)
+        except Stopped:
+            return
 
     def send(self, report: BaseModel) -> None:
         """Raises Stopped when the worker is gone."""
@@ -99,7 +122,7 @@ class Reporter:
         self.send(
             ArtifactWritten(
                 name=name,
-                kind="model" if name.startswith("model/") else "metrics",
+                kind="model" if name.startswith(("model/", "adapter/")) else "metrics",
                 path=str(file),
                 size=entry.size,
                 sha256=entry.sha256,

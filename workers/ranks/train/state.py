@@ -1,14 +1,14 @@
 """What a checkpoint holds, and how training goes on from one.
 
-Parameters, AdamW's moments and step, and where the training stood. No generator and no loader
-state: order and randomness are functions of the position (``order.py``).
+Parameters, whatever the optimizer keeps of each, and where the training stood. No generator and no
+loader state: order and randomness are functions of the position (``order.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,13 +18,15 @@ from torch import nn
 from shared.lifecycle import FailureClass
 from shared.messages import CheckpointRef, TrainAssignment
 from shared.specs import TrainSpec
-from workers.ranks.checkpoint import CheckpointDamaged, read
+from workers.ranks.checkpoint import CheckpointDamaged, read, read_state
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.reports import Reporter
+from workers.ranks.train.stopping import Best
 
-_FORMAT = 1
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_FORMAT = 2
+_SAMPLED = 256
+"""Numbers of a frozen weight that are looked at, about."""
 
 Fingerprint = dict[str, str]
 
@@ -45,6 +47,8 @@ class Resumed:
 
     checkpoint: CheckpointRef
     position: Position
+    best: CheckpointRef | None = None
+    """Where the best model so far is, on rank 0, if early stopping is to deliver it."""
 
 
 def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
@@ -53,10 +57,31 @@ def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
     Of the spec counts what shapes the training: a job may go on under another priority.
     """
     chosen = spec.model_dump(
-        mode="json", include={"model", "task", "method", "data", "hyperparameters"}
-    )
+        mode="json",
+        include={
+            "model", "architecture", "task", "problem", "method", "lora", "teacher", "distillation", "data",
+            "hyperparameters", "early_stopping",
+        },
+    )  # fmt: skip
     shapes = [[n, list(p.shape), p.requires_grad] for n, p in model.named_parameters()]
-    return {"spec": _digest(chosen), "data": data, "parameters": _digest(shapes)}
+    return {
+        "spec": _digest(chosen),
+        "data": data,
+        "parameters": _digest(shapes),
+        "frozen": _frozen_digest(model),
+    }
+
+
+def _frozen_digest(model: nn.Module) -> str:
+    """Of some numbers of each weight that training leaves alone. No checkpoint holds those: they have
+    to be in the model folder what they were."""
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            flat = parameter.detach().flatten()
+            some = flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().contiguous()
+            sha.update(name.encode() + some.numpy().tobytes())
+    return sha.hexdigest()
 
 
 def require_agreement(gang: Gang, own: Fingerprint) -> None:
@@ -94,19 +119,26 @@ def resume(
     own: Fingerprint,
     gang: Gang,
     reporter: Reporter,
+    best_of: Callable[[Position], Best | None],
 ) -> Resumed | None:
     """Go on from the newest checkpoint that is whole; None where there is none.
+
+    ``best_of`` says which model training would deliver from a position, if it were to end there with
+    another than its last; a checkpoint without that one is not whole.
 
     Rank 0 alone reads and decides, and hands what it read to the others: so all agree, and only its
     host needs to see the folder.
     """
     chosen: dict[str, Any] | None = None
     tensors: dict[str, torch.Tensor] = {}
+    best: CheckpointRef | None = None
     if gang.rank == 0:
         for index, checkpoint in enumerate(assignment.resume_from):
             try:
                 tensors, state = read(checkpoint)
                 _require_same_training(state, own)
+                needed = best_of(Position(**state["position"]))
+                best = _find_best(needed, checkpoint, assignment.best_from, own)
             except CheckpointDamaged as problem:
                 reporter.notice(
                     "checkpoint_damaged",
@@ -127,13 +159,70 @@ def resume(
     chosen = gang.share("resume", chosen)
     if chosen is None:
         return None
-    _make_moments(optimizer)
+    _allocate_state(optimizer)
     if gang.rank == 0:
         with torch.no_grad():
             for name, tensor in _tensors(model, optimizer):
                 tensor.copy_(tensors[name])
     gang.spread(tensor for _, tensor in _tensors(model, optimizer))
-    return Resumed(assignment.resume_from[chosen["index"]], Position(**chosen["position"]))
+    return Resumed(assignment.resume_from[chosen["index"]], Position(**chosen["position"]), best)
+
+
+def restore_best(model: nn.Module, best: CheckpointRef | None, gang: Gang) -> None:
+    """Give the model of every rank the weights of the checkpoint ``best``, which rank 0 reads.
+
+    Raises:
+        TrainingFailed: it is no longer what was written (infrastructure): the next attempt sees that
+            when it starts, and goes on from before it.
+    """
+    weights = dict(_model_tensors(model))
+    if gang.rank == 0:
+        assert best is not None  # noqa: S101  written by this attempt, or found when it began
+        try:
+            tensors, _ = read(best)
+        except CheckpointDamaged as problem:
+            raise TrainingFailed(
+                FailureClass.INFRASTRUCTURE,
+                "best_model_damaged",
+                f"the best model, of step {best.step}, cannot be delivered: {problem}",
+                "Look at the disk of the service's data folder.",
+            ) from problem
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                tensor.copy_(tensors[name])
+    gang.spread(weights.values())
+
+
+def _find_best(
+    needed: Best | None,
+    checkpoint: CheckpointRef,
+    candidates: Iterable[CheckpointRef],
+    own: Fingerprint,
+) -> CheckpointRef | None:
+    """The checkpoint of the best model that ``checkpoint``, which is whole, builds on: itself, or one
+    of ``candidates``. Attempts on other world sizes may have made others at the same step, so the value
+    must be the same too.
+
+    Raises:
+        CheckpointDamaged: there is none that is whole.
+    """
+    if needed is None:
+        return None
+    if needed.step == checkpoint.step:
+        return checkpoint
+    why = "it is not there"
+    for candidate in candidates:
+        if candidate.step == needed.step:
+            try:
+                state = read_state(candidate)
+                _require_same_training(state, own)
+            except CheckpointDamaged as problem:
+                why = str(problem)
+                continue
+            evaluated = state["position"]["evaluations"]
+            if evaluated and evaluated[-1].get(needed.metric) == needed.value:
+                return candidate
+    raise CheckpointDamaged(f"the best model that it builds on, of step {needed.step}: {why}")
 
 
 def _require_same_training(state: Mapping[str, Any], own: Fingerprint) -> None:
@@ -148,25 +237,36 @@ def _tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the training under a name, in an order that all ranks share."""
+    yield from _model_tensors(model)
+    for name, parameter in model.named_parameters():
+        for kept, value in sorted(optimizer.state.get(parameter, {}).items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{kept}.{name}", value
+
+
+def _model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Trained parameters, and those buffers that are saved with them."""
     persistent = model.state_dict(keep_vars=True)
     for name, parameter in model.named_parameters():
-        yield f"parameter.{name}", parameter.detach()
-        for moment in _MOMENTS if parameter.requires_grad else ():
-            yield f"{moment}.{name}", optimizer.state[parameter][moment]
+        if parameter.requires_grad:
+            yield f"parameter.{name}", parameter.detach()
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield f"buffer.{name}", buffer
 
 
-def _make_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate AdamW's state as its first step would."""
+def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimizer's state as its first step does, by a step that moves nothing. What it holds
+    then is of no use but to be overwritten (as torch.distributed.checkpoint goes about it)."""
+    rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
+        group["lr"] = 0.0
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

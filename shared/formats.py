@@ -1,0 +1,70 @@
+"""The formats of training files: which one a file has, and the reader of each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import get_args
+
+from shared.delimited import read_delimited
+from shared.records import Record, read_jsonl, read_text
+from shared.specs import DataFormat
+
+FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
+DELIMITED: dict[str, str] = {"csv": ",", "tsv": "\t"}
+_SUFFIXES: dict[str, DataFormat] = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".txt": "text",
+    ".text": "text",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file and how it is read."""
+
+    path: Path
+    format: DataFormat = "jsonl"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def unit(self) -> str:
+        """What its rows are counted in, for messages: Parquet has no lines."""
+        return "row" if self.format == "parquet" else "line"
+
+
+def format_of(name: str) -> DataFormat:
+    """By the suffix of the name that a user knows the file by; JSONL where it says nothing."""
+    return _SUFFIXES.get(PurePosixPath(name).suffix.lower(), "jsonl")
+
+
+def read_records(file: DataFile, columns: Collection[str] | None = None) -> Iterator[Record]:
+    """The rows of a file, one after another, in constant memory; blank lines are skipped and counted.
+
+    Args:
+        columns: Those that are wanted. Parquet decodes no others and gives None for them.
+
+    Raises:
+        BadRow: invalid_json, invalid_csv, invalid_parquet, invalid_text or line_too_long, with its
+            place.
+        OSError: the file cannot be read.
+    """
+    if file.format in DELIMITED:
+        yield from read_delimited(file.path, DELIMITED[file.format])
+    elif file.format == "parquet":
+        # pyarrow takes a while and some 60 MB: only who has such a file pays for it.
+        from shared.parquet import read_parquet
+
+        yield from read_parquet(file.path, columns)
+    elif file.format == "text":
+        yield from read_text(file.path)
+    else:
+        yield from read_jsonl(file.path)

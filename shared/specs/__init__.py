@@ -1,0 +1,94 @@
+"""What a user asks for: job specs as data, never code.
+
+A spec is validated whole before anything is stored; unknown fields are refused, so that a typo
+never becomes a silent default. Everything here is pure: whether a model or a file exists is
+checked by ``scheduler/submission``.
+"""
+
+from shared.specs.common import (
+    GENERATIVE,
+    MODEL,
+    MODEL_NAME,
+    MODELS,
+    SEQ2SEQ,
+    Accelerator,
+    Feature,
+    JobFields,
+    Precision,
+    Resources,
+    Retry,
+    Strict,
+    Task,
+)
+from shared.specs.data import (
+    ARCHITECTURE_TASKS,
+    PACKED_LENGTH,
+    PLAIN_TEXT_TASKS,
+    TASK_COLUMNS,
+    TASK_OPTIONS,
+    Architecture,
+    Columns,
+    DataFormat,
+    TrainData,
+)
+from shared.specs.hyperparameters import (
+    OPTIMIZER_OPTIONS,
+    TEACHABLE,
+    Checkpointing,
+    Distilling,
+    EarlyStopping,
+    Hyperparameters,
+    Lora,
+)
+from shared.specs.inference import (
+    Embedding,
+    Generation,
+    InferSpec,
+)
+from shared.specs.parsing import (
+    JobSpec,
+    parse_spec,
+)
+from shared.specs.training import (
+    Problem,
+    TrainSpec,
+)
+
+__all__ = [
+    "ARCHITECTURE_TASKS",
+    "GENERATIVE",
+    "MODEL",
+    "MODELS",
+    "MODEL_NAME",
+    "OPTIMIZER_OPTIONS",
+    "PACKED_LENGTH",
+    "PLAIN_TEXT_TASKS",
+    "SEQ2SEQ",
+    "TASK_COLUMNS",
+    "TASK_OPTIONS",
+    "TEACHABLE",
+    "Accelerator",
+    "Architecture",
+    "Checkpointing",
+    "Columns",
+    "DataFormat",
+    "Distilling",
+    "EarlyStopping",
+    "Embedding",
+    "Feature",
+    "Generation",
+    "Hyperparameters",
+    "InferSpec",
+    "JobFields",
+    "JobSpec",
+    "Lora",
+    "Precision",
+    "Problem",
+    "Resources",
+    "Retry",
+    "Strict",
+    "Task",
+    "TrainData",
+    "TrainSpec",
+    "parse_spec",
+]

@@ -1,0 +1,83 @@
+"""What specs of all kinds share."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Strict(BaseModel):
+    """Refuses unknown fields. A number may come as a string: YAML reads ``1e-4`` as one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Accelerator = Literal["auto", "cpu", "cuda"]
+Feature = Literal["bf16", "fp8"]
+Precision = Literal["auto", "fp32", "bf16"]
+Task = Literal[
+    "text-classification",
+    "token-classification",
+    "text2text",
+    "summarization",
+    "text-generation",
+    "fill-mask",
+    "embeddings",
+]
+"""As Transformers names them. ``summarization`` is ``text2text`` by the name its users look for."""
+SEQ2SEQ: frozenset[str] = frozenset({"text2text", "summarization"})
+GENERATIVE: frozenset[str] = SEQ2SEQ | {"text-generation"}
+
+
+class Resources(Strict):
+    """What a job *needs*; placement takes the least capable devices that have it.
+
+    Left empty, ``memory_gb`` comes from the footprint estimate of the model.
+    """
+
+    devices: int = Field(1, ge=1, le=1024, description="World size: one rank per device.")
+    accelerator: Accelerator = Field(
+        "auto", description="auto: CUDA devices where the fleet has any that fit, else CPU slots."
+    )
+    memory_gb: float | None = Field(None, gt=0, le=10_000, description="Memory per device, GiB.")
+    min_compute_capability: float | None = Field(
+        None, ge=1.0, le=99.0, description="For instance 8.0 for Ampere and newer."
+    )
+    features: tuple[Feature, ...] = Field((), description="What the device must support.")
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if self.accelerator == "cpu" and self.min_compute_capability is not None:
+            raise ValueError("accelerator 'cpu' has no compute capability: drop one of the two")
+        return self
+
+
+class Retry(Strict):
+    """How often a job is tried again after failures that are not the user's."""
+
+    max_attempts: int = Field(4, ge=1, le=100)
+    backoff_seconds: float = Field(2.0, ge=0, le=3600, description="Doubles with every failure.")
+
+
+MODEL = (
+    "A model folder below the service's model roots (by name or absolute path), `job:<id>` for the "
+    "model that a training job made, `name@version` of a published one (also `name@latest` and "
+    "`name@production`), or a hub id where the hub is enabled."
+)
+MODELS = ["minilm", "job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM", "topics@2"]
+MODEL_NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
+"""What a published model may be called."""
+
+
+class JobFields(Strict):
+    name: str | None = Field(None, max_length=200, description="A label of your own.")
+    resources: Resources = Resources()
+    priority: int = Field(0, ge=-100, le=100, description="Higher goes first; equal: older first.")
+    retry: Retry = Retry()
+    timeout_seconds: float | None = Field(
+        None, gt=0, description="Time limit for one attempt; none by default."
+    )
+    fail_fast: bool = Field(
+        False, description="Refuse at submission what the fleet of this moment cannot run."
+    )

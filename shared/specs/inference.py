@@ -1,0 +1,86 @@
+"""The spec of a batch job."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.specs.common import GENERATIVE, MODEL, MODELS, JobFields, Precision, Strict, Task
+
+
+class Generation(Strict):
+    """Sampling options; ``temperature`` 0 is greedy."""
+
+    max_new_tokens: int = Field(128, ge=1, le=1_000_000)
+    temperature: float = Field(0.0, ge=0, le=10)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    stop: tuple[str, ...] = Field((), max_length=16, description="Text that ends a generation.")
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
+            raise ValueError(
+                "top_p and top_k choose among samples and temperature 0 is greedy: "
+                "set a temperature above 0 or drop them"
+            )
+        if any(not text for text in self.stop):
+            raise ValueError("an empty stop string would end every generation at once")
+        return self
+
+
+class Embedding(Strict):
+    """How the vectors of a text's tokens become one."""
+
+    pooling: Literal["auto", "mean", "cls"] = Field(
+        "auto", description="auto: as the model's folder says (1_Pooling), else the mean."
+    )
+    normalize: bool = Field(True, description="To length 1, so that a dot product is the cosine.")
+
+
+class InferSpec(JobFields):
+    """Run a model over the rows of a JSONL file (or inline rows) and keep every answer."""
+
+    kind: Literal["infer"] = "infer"
+    task: Task
+    model: str = Field(min_length=1, max_length=1024, description=MODEL, examples=MODELS)
+    input: str | None = Field(
+        None, min_length=1, max_length=4096, description="`file_…` (uploaded) or a path to JSONL."
+    )
+    rows: tuple[dict[str, Any], ...] | None = Field(None, min_length=1, max_length=10_000)
+    text_column: str | None = Field(
+        None,
+        description="Where the text is. Default: `text`; `prompt` or `messages` for text-generation; "
+        "`tokens` (words) or `text` for token-classification.",
+    )
+    generation: Generation | None = None
+    embedding: Embedding | None = None
+    top_k_labels: int = Field(
+        1, ge=1, le=1000, description="Labels a text or tokens a mask gets, best first."
+    )
+    batch_size: int = Field(32, ge=1, le=4096, description="Rows computed together, at most.")
+    shard_rows: int = Field(64, ge=1, le=100_000, description="Rows committed together.")
+    max_length: int | None = Field(None, ge=4, description="Tokens of input a row may have.")
+    too_long: Literal["error", "truncate"] = "error"
+    max_errors: int | None = Field(
+        None, ge=0, description="Fails the job when more rows than this fail; none: never."
+    )
+    precision: Precision = "auto"
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> Self:
+        if (self.input is None) == (self.rows is None):
+            raise ValueError("give exactly one of input (a file) and rows (inline)")
+        if self.generation is not None and self.task not in GENERATIVE:
+            raise ValueError(f"generation options do not apply to task '{self.task}'")
+        if self.embedding is not None and self.task != "embeddings":
+            raise ValueError(f"embedding options do not apply to task '{self.task}'")
+        if self.resources.devices != 1:
+            raise ValueError("an inference job runs on one device: resources.devices must be 1")
+        return self
+
+    @property
+    def sampling(self) -> Generation:
+        return self.generation or Generation()

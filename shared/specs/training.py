@@ -1,0 +1,201 @@
+"""The spec of a training job."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.specs.common import MODEL, MODEL_NAME, MODELS, JobFields, Task
+from shared.specs.data import (
+    ARCHITECTURE_TASKS,
+    PLAIN_TEXT_TASKS,
+    TASK_COLUMNS,
+    TASK_OPTIONS,
+    Architecture,
+    Columns,
+    TrainData,
+)
+from shared.specs.hyperparameters import (
+    TEACHABLE,
+    Checkpointing,
+    Distilling,
+    EarlyStopping,
+    Hyperparameters,
+    Lora,
+)
+
+Problem = Literal["single-label", "multi-label", "regression"]
+
+
+class TrainSpec(JobFields):
+    """Fine-tune a model with DDP over ``resources.devices`` ranks."""
+
+    kind: Literal["train"] = "train"
+    task: Task
+    problem: Problem = Field(
+        "single-label", description="text-classification: one label a text, any number, or a score."
+    )
+    method: Literal["full", "lora", "pretrain", "distillation"] = Field(
+        "full",
+        description="full: all weights; lora: small matrices beside them; pretrain: `architecture` in "
+        "place of `model`, from random weights; distillation: full, and taught by `teacher`.",
+    )
+    lora: Lora | None = None
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1024,
+        description="distillation: a model as `model` names one.",
+    )
+    distillation: Distilling | None = None
+    model: str | None = Field(
+        None, min_length=1, max_length=1024, description=MODEL, examples=MODELS
+    )
+    architecture: Architecture | None = None
+    data: TrainData
+    hyperparameters: Hyperparameters = Hyperparameters()
+    checkpoint: Checkpointing = Checkpointing()
+    publish: str | None = Field(
+        None,
+        pattern=f"^{MODEL_NAME}$",
+        description="Publish the model under this name, as its next version, once the job succeeds.",
+    )
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if self.lora is not None and self.method != "lora":
+            raise ValueError("lora is for method 'lora': set it, or drop lora")
+        if self.method == "lora" and self.hyperparameters.freeze:
+            raise ValueError("method 'lora' freezes all but its own weights: drop freeze")
+        if self.method != "pretrain":
+            if self.model is None:
+                raise ValueError(
+                    "model must name what to fine-tune (or choose method 'pretrain' and an architecture)"
+                )
+            if self.architecture is not None:
+                raise ValueError(
+                    "architecture is for method 'pretrain': set it, or drop architecture"
+                )
+            return self
+        if self.model is not None:
+            raise ValueError(
+                "method 'pretrain' starts from random weights: drop model, or choose method 'full'"
+            )
+        if self.architecture is None:
+            raise ValueError("method 'pretrain' needs an architecture")
+        tasks = ARCHITECTURE_TASKS[self.architecture.type]
+        if self.task not in tasks:
+            raise ValueError(
+                f"architecture.type '{self.architecture.type}' does not do task '{self.task}': "
+                f"it is for {', '.join(sorted(tasks))}"
+            )
+        if self.hyperparameters.freeze:
+            raise ValueError("freeze keeps weights as they are, and those of pretrain are random")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_teacher_if_any(self) -> Self:
+        if self.method != "distillation":
+            if self.teacher is not None or self.distillation is not None:
+                what = "teacher" if self.teacher is not None else "distillation"
+                raise ValueError(f"{what} is for method 'distillation': set it, or drop {what}")
+            return self
+        if self.teacher is None:
+            raise ValueError(
+                "method 'distillation' needs a teacher: name a model that does the task"
+            )
+        if self.task not in TEACHABLE or self.problem != "single-label":
+            what = self.problem if self.problem != "single-label" else self.task
+            raise ValueError(f"method 'distillation' does not apply to {what}")
+        return self
+
+    @property
+    def teaching(self) -> Distilling:
+        """The options of method 'distillation'."""
+        return self.distillation or Distilling()
+
+    @property
+    def adaptation(self) -> Lora:
+        """The options of method 'lora'."""
+        return self.lora or Lora()
+
+    @model_validator(mode="after")
+    def _stops_by_something(self) -> Self:
+        validates = self.data.validation is not None or self.data.validation_split is not None
+        if self.early_stopping is not None and not validates:
+            raise ValueError(
+                "early_stopping judges by validation data and there are none: give "
+                "data.validation or data.validation_split"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> Self:
+        if self.problem != "single-label" and self.task != "text-classification":
+            raise ValueError(f"problem '{self.problem}' does not apply to task '{self.task}'")
+        reads = TASK_COLUMNS[self.task]
+        if self.data.format == "text" and self.task not in PLAIN_TEXT_TASKS:
+            raise ValueError(
+                f"data.format 'text' does not apply to task '{self.task}', which reads the columns "
+                f"{', '.join(reads)}"
+            )
+        for name, field in Columns.model_fields.items():
+            # Not what is set: a spec that was stored has every field set.
+            if name not in reads and getattr(self.data.columns, name) != field.default:
+                raise ValueError(
+                    f"data.columns.{name} does not apply to task '{self.task}', which reads "
+                    f"{', '.join(reads)}"
+                )
+        smoothing = self.hyperparameters.label_smoothing
+        if smoothing and (self.problem != "single-label" or self.task == "embeddings"):
+            raise ValueError(
+                "label_smoothing spreads one right label over the others: it does not apply to "
+                + (f"problem '{self.problem}'" if self.task != "embeddings" else "embeddings")
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _options_fit_the_task(self) -> Self:
+        for name, task in TASK_OPTIONS.items():
+            default = Hyperparameters.model_fields[name].default
+            # Not what is set: a spec that was stored has every field set.
+            if self.task != task and getattr(self.hyperparameters, name) != default:
+                raise ValueError(
+                    f"hyperparameters.{name} applies to task '{task}' alone, not to '{self.task}'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_negatives(self) -> Self:
+        share = self.hyperparameters.batch_size // self.resources.devices
+        together = min(share, self.hyperparameters.micro_batch_size or share)
+        if self.task == "embeddings" and together < 2:
+            raise ValueError(
+                "embeddings learn to tell a pair from the others of its micro-batch: "
+                f"hyperparameters.batch_size {self.hyperparameters.batch_size} over "
+                f"resources.devices {self.resources.devices}"
+                + (" and micro_batch_size 1" if share > 1 else "")
+                + " leaves one pair alone; a rank needs 2 or more at once"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_splits_over_ranks(self) -> Self:
+        batch, ranks = self.hyperparameters.batch_size, self.resources.devices
+        if batch % ranks:
+            raise ValueError(
+                f"hyperparameters.batch_size {batch} is the global batch and does not divide "
+                f"evenly over resources.devices {ranks}"
+            )
+        share, micro = batch // ranks, self.hyperparameters.micro_batch_size
+        # One above a rank's share is cut to it, so that a spec also runs on more devices.
+        if micro is not None and micro < share and share % micro:
+            raise ValueError(
+                f"hyperparameters.batch_size {batch} over resources.devices {ranks} is {share} for "
+                f"each rank, which is no multiple of hyperparameters.micro_batch_size {micro}"
+            )
+        if self.hyperparameters.precision == "fp32" and "bf16" in self.resources.features:
+            raise ValueError("precision 'fp32' and the required feature 'bf16' contradict")
+        return self

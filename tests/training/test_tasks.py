@@ -1,0 +1,90 @@
+"""Every task: it learns, the model loads without gpuyard, and a killed training ends bitwise the same."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from shared.messages import CheckpointWritten, Done, Metric, Report
+from tests.training.cases import CASES, Case
+from tests.training.harness import Gang, make_assignment, write_rows
+
+OPTIONS: dict[str, Any] = {
+    "epochs": 5,
+    "batch_size": 16,
+    "learning_rate": 5e-3,
+    "warmup_ratio": 0.1,
+}
+
+
+class Material:
+    """A case on disk, and its uninterrupted training on two ranks."""
+
+    def __init__(self, case: Case, folder: Path) -> None:
+        self.case = case
+        self.folder = folder
+        self.model = case.model(folder / "model")
+        self.train = write_rows(folder / "train.jsonl", case.rows(250, 1))
+        self.validation = write_rows(folder / "validation.jsonl", case.rows(70, 2))
+        self.trained = Gang(self.assignment("whole")).run()
+
+    def assignment(self, work: str, **options: Any) -> Any:
+        return make_assignment(
+            self.folder / work,
+            self.model,
+            self.train,
+            ranks=2,
+            task=self.case.task,
+            problem=self.case.problem,
+            validation=self.validation,
+            spec_fields=self.case.spec_fields,
+            **{**OPTIONS, **self.case.hyperparameters, **options},
+        )
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def material(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return Material(request.param, tmp_path_factory.mktemp(request.param.name))
+
+
+def test_it_learns(material: Material) -> None:
+    case, gang = material.case, material.trained
+    evaluations = [m.values for m in gang.of(Metric) if m.split == "validation"]
+    assert len(evaluations) >= 2
+    reached = gang.done.summary["metrics"][case.metric]
+    assert evaluations[-1][case.metric] == reached
+    better = reached <= case.learned if case.lower_is_better else reached >= case.learned
+    assert better, f"{case.metric} came to {reached}, expected {case.learned}"
+    assert "Warning" not in gang.log.read_text()
+
+
+def test_the_model_loads_without_gpuyard(material: Material) -> None:
+    auto = getattr(transformers, material.case.loads_as)
+    _, info = auto.from_pretrained(material.trained.model, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    assert transformers.AutoTokenizer.from_pretrained(material.trained.model)("the old town")
+
+
+def test_killed_and_resumed_it_ends_bitwise_the_same(material: Material) -> None:
+    draw = random.Random(material.case.name)
+    every, after, rank = 7, 7 * draw.randint(1, 4), draw.randint(0, 1)
+    rules = {"every_steps": every, "every_seconds": None, "keep": 2}
+    first = Gang(material.assignment("killed", checkpoint=rules))
+    written: list[int] = []
+
+    def strike(_rank: int, report: Report) -> None:
+        if isinstance(report, CheckpointWritten):
+            written.append(report.step)
+        if written and written[-1] >= after:
+            first.kill(rank)
+
+    first.run(on_report=strike)
+    assert first.exit_code(rank) == -9 and not first.of(Done), "the fault did not strike"
+    second = Gang(material.assignment("resumed", resume_from=first.checkpoints)).run()
+    assert second.done.summary["resumed_from"]["step"] == first.checkpoints[0].step >= after
+    assert second.weights == material.trained.weights
+    assert second.done.summary["metrics"] == material.trained.done.summary["metrics"]

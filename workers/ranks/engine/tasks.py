@@ -1,0 +1,52 @@
+"""Which encoder of rows and which computation each task has."""
+
+from __future__ import annotations
+
+from shared.messages import InferAssignment
+from shared.specs import Embedding
+from workers.ranks.engine.classification import Classification
+from workers.ranks.engine.computation import Computation
+from workers.ranks.engine.device import cache_budget
+from workers.ranks.engine.embeddings import Embeddings
+from workers.ranks.engine.generation import TextGeneration
+from workers.ranks.engine.masks import MaskEncoder, MaskFilling
+from workers.ranks.engine.models import LoadedModel
+from workers.ranks.engine.prompts import Encoder, PromptEncoder
+from workers.ranks.engine.runners import choose_runner
+from workers.ranks.engine.tagging import Tagging
+from workers.ranks.engine.text2text import TextToText
+from workers.ranks.engine.words import WordEncoder
+
+
+def choose_encoder(assignment: InferAssignment, loaded: LoadedModel) -> Encoder:
+    """What makes prompts of the rows of a job."""
+    spec, tokenizer, context = assignment.spec, loaded.tokenizer, loaded.context
+    if spec.task == "token-classification":
+        return WordEncoder(tokenizer, spec, context)
+    if spec.task == "fill-mask":
+        return MaskEncoder(tokenizer, spec, context)
+    return PromptEncoder(tokenizer, spec, context)
+
+
+def choose_computation(assignment: InferAssignment, loaded: LoadedModel) -> Computation:
+    """What computes the prompts of a job.
+
+    Raises:
+        UnsupportedModel: the model cannot do what the spec asks of it.
+    """
+    spec, rows = assignment.spec, assignment.spec.batch_size
+    budget = cache_budget(assignment.device, loaded.weight_bytes)
+    match spec.task:
+        case "text-classification":
+            return Classification(loaded, batch_size=rows, top_k=spec.top_k_labels)
+        case "token-classification":
+            return Tagging(loaded, batch_size=rows)
+        case "fill-mask":
+            return MaskFilling(loaded, batch_size=rows, top_k=spec.top_k_labels)
+        case "embeddings":
+            return Embeddings(loaded, batch_size=rows, options=spec.embedding or Embedding())
+        case "text2text" | "summarization":
+            return TextToText(loaded, spec.sampling, batch_size=rows, cache_bytes=budget)
+        case "text-generation":
+            runner = choose_runner(loaded.model, rows, loaded.slot_bytes_per_position)
+            return TextGeneration(loaded, runner, spec.sampling, budget)

@@ -1,0 +1,38 @@
+"""The NLP tasks that a rank can train for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shared.formats import DataFile
+from shared.specs import SEQ2SEQ, TrainSpec
+from workers.ranks.train.tasks.base import Task
+from workers.ranks.train.tasks.embeddings import Embeddings
+from workers.ranks.train.tasks.fill_mask import FillMask
+from workers.ranks.train.tasks.text2text import Text2Text
+from workers.ranks.train.tasks.text_classification import open_text_classification
+from workers.ranks.train.tasks.text_generation import TextGeneration
+from workers.ranks.train.tasks.token_classification import TokenClassification
+
+__all__ = ["Task", "open_task"]
+
+
+def open_task(spec: TrainSpec, model_path: Path, train: DataFile) -> Task:
+    """The task of a spec on its loaded model.
+
+    Raises:
+        LoadError, TrainingFailed: the model, or the training data, cannot be used.
+    """
+    if spec.task == "text-classification":
+        return open_text_classification(spec, model_path, train)
+    if spec.task == "token-classification":
+        return TokenClassification.open(spec, model_path, train)
+    if spec.task in SEQ2SEQ:
+        return Text2Text.open(spec, model_path, train)
+    if spec.task == "text-generation":
+        return TextGeneration.open(spec, model_path, train)
+    if spec.task == "fill-mask":
+        return FillMask.open(spec, model_path, train)
+    if spec.task == "embeddings":
+        return Embeddings.open(spec, model_path, train)
+    raise AssertionError(f"no task '{spec.task}'")
