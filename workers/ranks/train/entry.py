@@ -22,12 +22,13 @@ from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
 from workers.ranks.train.freezing import freeze
 from workers.ranks.train.gang import join
-from workers.ranks.train.loop import Trainer, best_model
+from workers.ranks.train.loop import Trainer
 from workers.ranks.train.optimizer import make_optimizer
 from workers.ranks.train.order import BatchPlan, Indices, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
 from workers.ranks.train.reading import read_data, training_file
 from workers.ranks.train.reports import RankChannel, Reporter
+from workers.ranks.train.saving import best_model
 from workers.ranks.train.schedule import Schedule, make_schedule
 from workers.ranks.train.scratch import begin_from_scratch
 from workers.ranks.train.state import (

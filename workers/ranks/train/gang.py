@@ -79,8 +79,13 @@ class Gang:
 
     def leave(self) -> None:
         """End the process group after a success. After a failure the process just exits: a
-        backend that lost a peer may wait for it for ever."""
-        if self.store is not None:
+        backend that lost a peer may wait for it for ever.
+
+        A group of gloo is left to the end of the process as well. Its destructor waits for gloo's
+        thread and holds the interpreter's lock meanwhile, which that thread may be waiting for to
+        let go of its last work: in one of some twenty trainings both would wait for ever.
+        """
+        if self.store is not None and dist.get_backend() == "nccl":
             dist.destroy_process_group()
 
 

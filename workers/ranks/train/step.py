@@ -1,0 +1,134 @@
+"""One update: forward and backward over a global batch, agree with the other ranks, and move the weights.
+
+Randomness is reseeded for every micro-batch from (seed, step, rank, micro-batch), so a step that is
+computed again after a crash is bitwise the step that was computed before, on the same world size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from shared.lifecycle import FailureClass
+from shared.specs import Hyperparameters
+from workers.ranks.train.device import Compute
+from workers.ranks.train.examples import Examples
+from workers.ranks.train.failures import TrainingFailed
+from workers.ranks.train.gang import Gang
+from workers.ranks.train.optimizer import add_l1, regularised
+from workers.ranks.train.order import BatchPlan, Indices, derive, micro_batches
+from workers.ranks.train.parallel import parallelise, warm_up_batch
+from workers.ranks.train.schedule import Schedule
+from workers.ranks.train.tasks.base import Objective
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one step came to; the same on every rank."""
+
+    loss: float
+    """Mean over the weights of the global batch."""
+    norm: float
+    """Of the gradient, before it was clipped."""
+    tokens: float
+    rate: float
+    """The learning rate that it was made with."""
+    signals: list[float]
+    """What each rank gave ``Stepper.step``, summed over the ranks."""
+
+
+class Stepper:
+    """One rank's part in the updates of a training."""
+
+    def __init__(
+        self,
+        *,
+        options: Hyperparameters,
+        objective: Objective,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        plan: BatchPlan,
+        training: Examples,
+        compute: Compute,
+        gang: Gang,
+    ) -> None:
+        self._options = options
+        self._objective = objective
+        self._optimizer = optimizer
+        self._trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._regularised = regularised(model)
+        self._schedule = schedule
+        self._plan = plan
+        self._training = training
+        self._compute = compute
+        self._gang = gang
+        warm_up = warm_up_batch(objective, training, plan, compute)
+        self._wrapped = parallelise(objective, model, warm_up, compute, gang)
+
+    def step(self, step: int, indices: Indices, signals: Sequence[float]) -> Update:
+        """One update from one global batch. ``signals`` go with the step's all-reduce, so that all
+        ranks hear of one another after the same step.
+
+        Every rank computes its micro-batches and scales each loss so that DDP's mean over the ranks
+        is the mean over the weights of the global batch (its examples, or its predicted tokens), also
+        where that is a partial one.
+
+        Raises:
+            TrainingFailed: loss or gradient is no longer finite (user_error), on every rank alike.
+        """
+        weight = max(1, int(self._training.weights[indices].sum()))
+        masks = derive(self._options.seed, "masks", step)
+        loss = torch.zeros((), device=self._compute.device)
+        tokens = 0
+        parts = micro_batches(indices, self._plan, self._gang.rank)
+        for number, part in enumerate(parts):
+            last = number + 1 == len(parts)
+            # A rank with nothing left to do of a partial batch computes some example for nothing:
+            # the others wait for it in this step's all-reduce.
+            chosen = part if len(part) else indices[:1]
+            batch = self._objective.batch(self._training, chosen, masks).to(self._compute.device)
+            self._compute.seed(derive(self._options.seed, "dropout", step, self._gang.rank, number))
+            with nullcontext() if last else self._without_sync():
+                total = self._objective.loss(self._wrapped, batch, self._compute) * (len(part) > 0)
+                scaled = total * (self._gang.world_size / weight)
+                scaled.backward()  # type: ignore[no-untyped-call]
+            loss += total.detach()
+            tokens += batch.tokens if len(part) else 0
+        if self._options.l1:
+            # A rank's gradients are those of the gang by now, and so is what is added to them.
+            add_l1(self._regularised, self._options.l1)
+        limit = self._options.max_grad_norm
+        # The gradients are all-reduced, so their norm, and what is decided by it, is every rank's.
+        norm = float(nn.utils.clip_grad_norm_(self._trained, math.inf if limit is None else limit))
+        loss_sum, token_sum, *heard = self._gang.sum([float(loss), tokens, *signals])
+        mean = loss_sum / weight
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            raise _diverged(step, mean, norm)
+        rate = self._schedule.rate(step)
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return Update(mean, norm, token_sum, rate, heard)
+
+    def _without_sync(self) -> AbstractContextManager[None]:
+        if isinstance(self._wrapped, DistributedDataParallel):
+            return self._wrapped.no_sync()
+        return nullcontext()
+
+
+def _diverged(step: int, loss: float, norm: float) -> TrainingFailed:
+    return TrainingFailed(
+        FailureClass.USER_ERROR,
+        "diverged",
+        f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}",
+        "Lower hyperparameters.learning_rate, add warm-up, or keep max_grad_norm set.",
+    )

@@ -1,0 +1,104 @@
+"""What people hear of a training while it runs: progress, kept metrics, and lines of the log."""
+
+from __future__ import annotations
+
+from shared.messages import Metric, Progress
+from workers.ranks.train.order import BatchPlan
+from workers.ranks.train.reports import Reporter
+from workers.ranks.train.step import Update
+
+_TRAIN_METRICS = 100
+"""Training metrics kept over a whole training, about."""
+
+
+class Telling:
+    """Tells of the steps as they are done. On ranks other than 0 it comes to nothing."""
+
+    def __init__(self, plan: BatchPlan, reporter: Reporter) -> None:
+        self._plan = plan
+        self._reporter = reporter
+        self._kept, self._spoken = _Means(), _Means()
+
+    def step(self, done: int, update: Update, examples: int, seconds: float) -> None:
+        """Of a step of ``examples`` that took ``seconds``; ``done`` steps are done with it."""
+        plan, reporter = self._plan, self._reporter
+        for means in (self._kept, self._spoken):
+            means.add(update, examples, seconds)
+        epoch, place = plan.place(done - 1)
+        over = done == plan.total_steps
+        reporter.progress(
+            Progress(
+                step=done,
+                total_steps=plan.total_steps,
+                epoch=epoch + (place + 1) / plan.steps_per_epoch,
+                loss=update.loss,
+                learning_rate=update.rate,
+                examples_per_second=self._spoken.examples_per_second,
+                tokens_per_second=self._spoken.tokens_per_second,
+            ),
+            always=over,
+        )
+        if over or done % max(1, plan.total_steps // _TRAIN_METRICS) == 0:
+            values = {
+                "loss": self._kept.loss,
+                "grad_norm": self._kept.norm,
+                "learning_rate": update.rate,
+            }
+            reporter.metric(Metric(split="train", step=done, values=values))
+            self._kept = _Means()
+        if over or place + 1 == plan.steps_per_epoch:
+            reporter.say(
+                f"epoch {epoch + 1} of {plan.epochs}: step {done} of {plan.total_steps}, "
+                f"loss {self._spoken.loss:.4f}, learning rate {update.rate:.2e}, "
+                f"{self._spoken.examples_per_second:.1f} examples/s"
+            )
+            self._spoken = _Means()
+
+    def evaluation(
+        self, step: int, values: dict[str, float], examples: int, seconds: float
+    ) -> None:
+        """Of an evaluation on ``examples`` that took ``seconds``."""
+        self._reporter.metric(Metric(split="validation", step=step, values=values))
+        shown = ", ".join(f"{name.replace('_', ' ')} {_shown(v)}" for name, v in values.items())
+        self._reporter.say(
+            f"validation at step {step}: {shown} ({examples:,} examples in {seconds:.1f} s)"
+        )
+
+
+class _Means:
+    """Means over the steps since something was last said or kept."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._loss = self._norm = self._seconds = 0.0
+        self._examples = 0
+        self._tokens = 0.0
+
+    def add(self, update: Update, examples: int, seconds: float) -> None:
+        self._steps += 1
+        self._loss += update.loss
+        self._norm += update.norm
+        self._examples += examples
+        self._tokens += update.tokens
+        self._seconds += seconds
+
+    @property
+    def loss(self) -> float:
+        return self._loss / self._steps
+
+    @property
+    def norm(self) -> float:
+        return self._norm / self._steps
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self._tokens / max(1e-9, self._seconds)
+
+    @property
+    def examples_per_second(self) -> float:
+        return self._examples / max(1e-9, self._seconds)
+
+
+def _shown(value: float) -> str:
+    """Counts are whole numbers."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
