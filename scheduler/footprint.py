@@ -85,6 +85,8 @@ def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None)
     """
     options = spec.hyperparameters
     rows = options.micro_batch_size or -(-options.batch_size // spec.resources.devices)
+    if spec.preference is not None:  # both answers; the reference is computed before training
+        rows *= 2
     if options.packing:  # every block is full, however short the texts are
         length = sequence_length(shape, None, options.max_length or PACKED_LENGTH)
     else:

@@ -86,7 +86,7 @@ def _filled(fields: dict[str, Any], spec: TrainSpec, *, cells: bool) -> dict[str
     columns = spec.data.columns
     nothing = (None, "") if cells else (None,)
     absent = {name for name in (columns.messages,) if fields.get(name) in nothing}
-    if fields.get(columns.completion) in nothing:
+    if spec.preference is None and fields.get(columns.completion) in nothing:
         absent.add(columns.completion)
         # With a completion, an empty prompt is one; without, it says nothing.
         if fields.get(columns.prompt) in nothing:

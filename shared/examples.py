@@ -14,10 +14,12 @@ from typing import Any
 from shared.cells import typed
 from shared.formats import DataFile, read_records
 from shared.records import BadRow, kind_of
-from shared.specs import SEQ2SEQ, TASK_COLUMNS, Columns, TrainSpec
+from shared.specs import SEQ2SEQ, Columns, TrainSpec
 
 ROLES = ("system", "user", "assistant")
 _SHOWN = 8
+_LEARNED = frozenset({"target", "completion", "positive", "chosen", "rejected"})
+"""Columns that must not be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,22 @@ class Chat:
         return sum(_bytes(content) + 16 for _, content in self.turns)
 
 
-Example = Labelled | Scored | Tagged | Pair | Passage | Completion | Chat
+@dataclass(frozen=True, slots=True)
+class Preferred:
+    """text-generation with ``preference``: two answers to one prompt or conversation, whose last turn
+    each then is."""
+
+    chosen: Completion | Chat
+    rejected: Completion | Chat
+
+    labels = ()
+
+    @property
+    def size(self) -> int:
+        return max(self.chosen.size, self.rejected.size)
+
+
+Example = Labelled | Scored | Tagged | Pair | Passage | Completion | Chat | Preferred
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +149,7 @@ def read_examples(file: DataFile, spec: TrainSpec) -> Iterator[Placed]:
         BadRow: names the line, what is wrong with it, and what to do.
         OSError: the file cannot be read.
     """
-    wanted = {getattr(spec.data.columns, role) for role in TASK_COLUMNS[spec.task]}
+    wanted = {getattr(spec.data.columns, role) for role in spec.reads}
     for record in read_records(file, wanted):
         try:
             example = parse_example(typed(record.fields, file.format, spec), spec)
@@ -146,7 +163,8 @@ def parse_example(fields: dict[str, Any], spec: TrainSpec) -> Example:
     """A row as ``spec.task`` reads it.
 
     Raises:
-        BadRow: missing_column, invalid_text, invalid_label, invalid_tags or invalid_messages.
+        BadRow: missing_column, invalid_text, invalid_label, invalid_tags, invalid_messages or
+            invalid_preference.
     """
     columns = spec.data.columns
     if spec.task == "text-classification":
@@ -159,6 +177,8 @@ def parse_example(fields: dict[str, Any], spec: TrainSpec) -> Example:
         return Pair(_text(fields, columns, "text"), _text(fields, columns, "positive"))
     if spec.task == "fill-mask":
         return Passage(_text(fields, columns, "text"))
+    if spec.preference is not None:
+        return _preferred(fields, columns)
     return _generated(fields, columns, plain=spec.hyperparameters.packing)
 
 
@@ -246,9 +266,45 @@ def _generated(
     return Passage(_text(fields, columns, "text"))
 
 
+def _preferred(fields: dict[str, Any], columns: Columns) -> Preferred:
+    asked: tuple[tuple[str, str], ...] | str
+    if columns.messages in fields:
+        asked = _turns(fields[columns.messages], columns.messages)
+        if asked[-1][0] == "assistant":
+            raise BadRow(
+                "invalid_messages",
+                f"column '{columns.messages}' ends with a turn of the assistant, and the answers are "
+                "to follow",
+                hint=f"Put its last turn into '{columns.chosen}' and '{columns.rejected}' alone.",
+            )
+    else:
+        asked = _text(fields, columns, "prompt", may_be_empty=True)
+    chosen, rejected = _text(fields, columns, "chosen"), _text(fields, columns, "rejected")
+    if chosen == rejected:
+        raise BadRow(
+            "invalid_preference",
+            f"columns '{columns.chosen}' and '{columns.rejected}' are the same: neither is preferred",
+            hint="Leave out pairs that are equal.",
+        )
+    if isinstance(asked, str):
+        return Preferred(Completion(asked, chosen), Completion(asked, rejected))
+    return Preferred(Chat((*asked, ("assistant", chosen))), Chat((*asked, ("assistant", rejected))))
+
+
 def _chat(value: Any, column: str) -> Chat:
-    def bad(why: str, hint: str | None = None) -> BadRow:
-        return BadRow("invalid_messages", f"column '{column}' {why}", hint=hint)
+    turns = _turns(value, column)
+    if not any(role == "assistant" and content.strip() for role, content in turns):
+        raise BadRow(
+            "invalid_messages",
+            f"column '{column}' has no turn of the assistant: there is nothing to learn",
+            hint='Give what the model shall say as {"role": "assistant", "content": …}.',
+        )
+    return Chat(turns)
+
+
+def _turns(value: Any, column: str) -> tuple[tuple[str, str], ...]:
+    def bad(why: str) -> BadRow:
+        return BadRow("invalid_messages", f"column '{column}' {why}")
 
     if not isinstance(value, list) or not value:
         raise bad("must be a list of at least one {role, content}")
@@ -262,12 +318,7 @@ def _chat(value: Any, column: str) -> Chat:
         if not isinstance(content, str) or not _is_utf8(content):
             raise bad(f"[{i}].content must be a string, not {_shown(content)}")
         turns.append((role, content))
-    if not any(role == "assistant" and content.strip() for role, content in turns):
-        raise bad(
-            "has no turn of the assistant: there is nothing to learn",
-            'Give what the model shall say as {"role": "assistant", "content": …}.',
-        )
-    return Chat(tuple(turns))
+    return tuple(turns)
 
 
 def _text(
@@ -279,7 +330,7 @@ def _text(
         raise BadRow("invalid_text", f"column '{name}' must be a string, not {_shown(value)}")
     if not _is_utf8(value):
         raise BadRow("invalid_text", f"column '{name}' holds half of a surrogate pair")
-    if not may_be_empty and role in ("target", "completion", "positive") and not value.strip():
+    if not may_be_empty and role in _LEARNED and not value.strip():
         raise BadRow("invalid_text", f"column '{name}' is empty: there is nothing to learn")
     return value
 

@@ -21,7 +21,7 @@ from shared.records import BadRow
 from shared.resolved import ResolvedInput
 from shared.rows import MAX_LINE_BYTES, cut_into_shards
 from shared.settings import Settings
-from shared.specs import PLAIN_TEXT_TASKS, TASK_COLUMNS, InferSpec, TrainSpec
+from shared.specs import InferSpec, TrainSpec
 from shared.store import Store, read
 
 _LINE_LIMIT = 8 * MAX_LINE_BYTES
@@ -246,10 +246,10 @@ def _scan(file: _Found, spec: TrainSpec, limit: int, *, param: str) -> _Scanned:
 def _as_read(file: _Found, spec: TrainSpec, *, param: str) -> DataFile:
     """Raises DataError for plain text where the task needs columns."""
     format = format_of(file.own_name) if spec.data.format == "auto" else spec.data.format
-    if format == "text" and spec.task not in PLAIN_TEXT_TASKS:
+    if format == "text" and not spec.reads_plain_text:
         raise DataError(
             f"'{file.name}' is plain text by its name, and task '{spec.task}' reads the columns "
-            f"{', '.join(TASK_COLUMNS[spec.task])}",
+            f"{', '.join(spec.reads)}",
             param=param,
             hint="If it is JSONL or CSV all the same, say so with data.format.",
         )

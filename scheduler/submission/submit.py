@@ -24,6 +24,11 @@ from shared.store.submit import find_by_idempotency_key, insert_job, new_job_id
 from shared.tables import Job
 
 MAX_KEY = 255
+_READING: dict[str, Any] = {
+    **dict.fromkeys(("kind", "task", "problem", "preference", "data", "input", "shard_rows"), True),
+    "hyperparameters": {"packing"},
+}
+"""Fields of a spec that say how its data are read."""
 
 
 def submit(
@@ -97,7 +102,7 @@ def resolve(
     teacher = resolve_teacher(store, settings, spec) if isinstance(spec, TrainSpec) else None
     if content is not None and isinstance(spec, InferSpec):
         write_once(Path(spec.input or ""), content)
-    key = spec.model_dump_json(include={"kind", "task", "problem", "data", "input", "shard_rows"})
+    key = spec.model_dump_json(include=_READING)
     if key not in known.inputs:
         known.inputs[key] = _resolve_inputs(store, settings, spec)
     inputs = known.inputs[key]

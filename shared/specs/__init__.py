@@ -24,6 +24,7 @@ from shared.specs.data import (
     ARCHITECTURE_TASKS,
     PACKED_LENGTH,
     PLAIN_TEXT_TASKS,
+    PREFERENCE_COLUMNS,
     TASK_COLUMNS,
     TASK_OPTIONS,
     Architecture,
@@ -39,6 +40,7 @@ from shared.specs.hyperparameters import (
     EarlyStopping,
     Hyperparameters,
     Lora,
+    Preference,
 )
 from shared.specs.inference import (
     Embedding,
@@ -63,6 +65,7 @@ __all__ = [
     "OPTIMIZER_OPTIONS",
     "PACKED_LENGTH",
     "PLAIN_TEXT_TASKS",
+    "PREFERENCE_COLUMNS",
     "SEQ2SEQ",
     "TASK_COLUMNS",
     "TASK_OPTIONS",
@@ -83,6 +86,7 @@ __all__ = [
     "JobSpec",
     "Lora",
     "Precision",
+    "Preference",
     "Problem",
     "Resources",
     "Retry",

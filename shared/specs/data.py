@@ -78,6 +78,10 @@ class Columns(Strict):
     messages: str = Field(
         "messages", description="text-generation: a chat; assistant turns are learned."
     )
+    chosen: str = Field("chosen", description="preference: the answer that is to be likelier.")
+    rejected: str = Field(
+        "rejected", description="preference: the answer that is to be less likely."
+    )
 
 
 TASK_COLUMNS: dict[str, tuple[str, ...]] = {
@@ -90,6 +94,8 @@ TASK_COLUMNS: dict[str, tuple[str, ...]] = {
     "embeddings": ("text", "positive"),
 }
 """The columns that each task reads; for text-generation the first that a row has decides its form."""
+PREFERENCE_COLUMNS: tuple[str, ...] = ("messages", "prompt", "chosen", "rejected")
+"""In place of those of text-generation, with ``preference``: a chat, or else a prompt, and two answers."""
 
 
 TASK_OPTIONS: dict[str, str] = {

@@ -117,6 +117,23 @@ TEACHABLE: frozenset[str] = frozenset(
 """Tasks whose model chooses one of a fixed set of answers."""
 
 
+class Preference(Strict):
+    """Direct preference optimisation (Rafailov et al., 2023): of two answers, one is to be likelier."""
+
+    beta: float = Field(
+        0.1,
+        gt=0,
+        le=100,
+        description="How strongly the model is held to what it said before training: more is closer.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Share of the pairs whose preference is taken to be the wrong way round.",
+    )
+
+
 class Lora(Strict):
     """Low-rank adaptation: small matrices are trained beside frozen weights."""
 

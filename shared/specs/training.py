@@ -10,6 +10,7 @@ from shared.specs.common import MODEL, MODEL_NAME, MODELS, JobFields, Task
 from shared.specs.data import (
     ARCHITECTURE_TASKS,
     PLAIN_TEXT_TASKS,
+    PREFERENCE_COLUMNS,
     TASK_COLUMNS,
     TASK_OPTIONS,
     Architecture,
@@ -23,6 +24,7 @@ from shared.specs.hyperparameters import (
     EarlyStopping,
     Hyperparameters,
     Lora,
+    Preference,
 )
 
 Problem = Literal["single-label", "multi-label", "regression"]
@@ -49,6 +51,11 @@ class TrainSpec(JobFields):
         description="distillation: a model as `model` names one.",
     )
     distillation: Distilling | None = None
+    preference: Preference | None = Field(
+        None,
+        description="text-generation by method full or lora: learn from pairs of answers of which one "
+        "is preferred (DPO). `{}` for the defaults.",
+    )
     model: str | None = Field(
         None, min_length=1, max_length=1024, description=MODEL, examples=MODELS
     )
@@ -122,6 +129,35 @@ class TrainSpec(JobFields):
         return self.lora or Lora()
 
     @model_validator(mode="after")
+    def _prefers_where_it_can(self) -> Self:
+        if self.preference is None:
+            return self
+        if self.task != "text-generation":
+            raise ValueError(f"preference is for task 'text-generation', not '{self.task}'")
+        if self.method not in ("full", "lora"):
+            raise ValueError(f"preference goes with method 'full' or 'lora', not '{self.method}'")
+        if self.hyperparameters.packing:
+            raise ValueError(
+                "packing joins plain texts, and preference has pairs of answers: drop one"
+            )
+        if self.hyperparameters.label_smoothing:
+            raise ValueError(
+                "hyperparameters.label_smoothing is of single tokens: with preference set "
+                "preference.label_smoothing"
+            )
+        return self
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The columns that a row may have, by the names that ``data.columns`` gives them."""
+        return PREFERENCE_COLUMNS if self.preference is not None else TASK_COLUMNS[self.task]
+
+    @property
+    def reads_plain_text(self) -> bool:
+        """Whether a line of text can be a row."""
+        return self.task in PLAIN_TEXT_TASKS and self.preference is None
+
+    @model_validator(mode="after")
     def _stops_by_something(self) -> Self:
         validates = self.data.validation is not None or self.data.validation_split is not None
         if self.early_stopping is not None and not validates:
@@ -135,18 +171,19 @@ class TrainSpec(JobFields):
     def _fits_the_task(self) -> Self:
         if self.problem != "single-label" and self.task != "text-classification":
             raise ValueError(f"problem '{self.problem}' does not apply to task '{self.task}'")
-        reads = TASK_COLUMNS[self.task]
-        if self.data.format == "text" and self.task not in PLAIN_TEXT_TASKS:
+        reads, what = self.reads, f"task '{self.task}'"
+        if self.preference is not None:
+            what += " with preference"
+        if self.data.format == "text" and not self.reads_plain_text:
             raise ValueError(
-                f"data.format 'text' does not apply to task '{self.task}', which reads the columns "
+                f"data.format 'text' does not apply to {what}, which reads the columns "
                 f"{', '.join(reads)}"
             )
         for name, field in Columns.model_fields.items():
             # Not what is set: a spec that was stored has every field set.
             if name not in reads and getattr(self.data.columns, name) != field.default:
                 raise ValueError(
-                    f"data.columns.{name} does not apply to task '{self.task}', which reads "
-                    f"{', '.join(reads)}"
+                    f"data.columns.{name} does not apply to {what}, which reads {', '.join(reads)}"
                 )
         smoothing = self.hyperparameters.label_smoothing
         if smoothing and (self.problem != "single-label" or self.task == "embeddings"):

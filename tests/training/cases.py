@@ -181,6 +181,31 @@ def pair_rows(count: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+def preference_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """Whatever is asked, the answer about animals is preferred."""
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(count):
+        answers = {
+            name: " ".join(draw.choices(FILLER, k=draw.randint(0, 3)) + draw.choices(words, k=2))
+            for name, words in (("chosen", TOPICS["animal"]), ("rejected", TOPICS["place"]))
+        }
+        rows.append(
+            {"prompt": " ".join(draw.choices(WORDS, k=draw.randint(1, 6))) + " ", **answers}
+        )
+    return rows
+
+
+def preferred_chat_rows(count: int, seed: int) -> list[dict[str, Any]]:
+    """The same at the end of a chat in which the assistant has spoken before."""
+    rows = []
+    for row, chat in zip(preference_rows(count, seed), chat_rows(count, seed), strict=True):
+        asked = {"role": "user", "content": row["prompt"].strip()}
+        answers = {"chosen": row["chosen"], "rejected": row["rejected"]}
+        rows.append({"messages": [*chat["messages"][:3], asked], **answers})
+    return rows
+
+
 _FAST = {"epochs": 8, "learning_rate": 1e-2, "dropout": 0.0}
 
 CASES = (
@@ -314,6 +339,36 @@ CASES = (
         learned=0.5,
         lower_is_better=True,
         hyperparameters=_FAST,
+        loads_as="AutoModelForCausalLM",
+    ),
+    Case(
+        name="preference",
+        task="text-generation",
+        model=make_gpt2,
+        rows=preference_rows,
+        metric="reward_accuracy",
+        learned=0.9,
+        hyperparameters={"dropout": 0.1},
+        spec_fields={"preference": {"label_smoothing": 0.05}},
+        loads_as="AutoModelForCausalLM",
+    ),
+    Case(
+        name="preference-lora",
+        task="text-generation",
+        model=make_llama,
+        rows=preferred_chat_rows,
+        metric="reward_accuracy",
+        learned=0.9,
+        hyperparameters={"micro_batch_size": 4},
+        spec_fields={
+            "method": "lora",
+            "preference": {"beta": 0.5},
+            "lora": {
+                "r": 16,
+                "dropout": 0.1,
+                "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "embed_tokens"],
+            },
+        },
         loads_as="AutoModelForCausalLM",
     ),
     Case(

@@ -27,6 +27,7 @@ from workers.ranks.train.optimizer import make_optimizer
 from workers.ranks.train.order import BatchPlan, Indices, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
 from workers.ranks.train.reading import read_data, training_file
+from workers.ranks.train.reference import add_reference
 from workers.ranks.train.reports import RankChannel, Reporter
 from workers.ranks.train.saving import best_model
 from workers.ranks.train.schedule import Schedule, make_schedule
@@ -41,6 +42,7 @@ from workers.ranks.train.state import (
 from workers.ranks.train.stopping import best_of
 from workers.ranks.train.tasks import Task, open_task
 from workers.ranks.train.tasks.base import Evaluation, Objective
+from workers.ranks.train.tasks.preferences import Preferences
 
 if TYPE_CHECKING:
     from workers.ranks.train.lora import Adapter
@@ -86,6 +88,10 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     _require_fitting_tokenizer(task, training, validation)
 
     model.to(compute.device)  # type: ignore[arg-type]
+    if isinstance(task, Preferences):
+        training, validation = add_reference(
+            assignment, task, training, validation, compute, gang, reporter
+        )
     adapter = None
     if spec.method == "lora":
         adapter = _add_lora(task, spec)

@@ -144,6 +144,21 @@ class Examples(Dataset[dict[str, NDArray[np.int32]]]):
         part._digest = chosen.hexdigest()
         return part
 
+    def beside(self, numbers: Mapping[str, NDArray[np.float64]]) -> Examples:
+        """The same examples with further numbers, which follow from them and from the model before
+        training. The digest is the same: on other hardware such numbers differ in their last bits."""
+        more = Examples(
+            self.ragged,
+            {**self.dense, **numbers},
+            lengths=self.lengths,
+            weights=self.weights,
+            cut=self.cut,
+            folder=self.folder,
+        )
+        more.held = self.held
+        more._digest = self.digest()
+        return more
+
     @property
     def largest_token(self) -> int:
         """Of the lists that hold token ids; of all of them also where these are some of many."""

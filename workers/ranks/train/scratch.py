@@ -38,7 +38,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from shared.examples import Chat, Completion, Example, Pair, Passage, Tagged
+from shared.examples import Chat, Completion, Example, Pair, Passage, Preferred, Tagged
 from shared.formats import DataFile
 from shared.messages import TrainAssignment
 from shared.specs import Architecture, TrainSpec
@@ -132,6 +132,8 @@ def _texts_of(example: Example) -> tuple[str, ...]:
             return tuple(content for _, content in turns)
         case Passage(text=text):
             return (text,)
+        case Preferred(chosen=chosen, rejected=rejected):
+            return (*_texts_of(chosen), *_texts_of(rejected))
         case _:
             return (example.text,)
 

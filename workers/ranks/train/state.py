@@ -59,8 +59,8 @@ def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
     chosen = spec.model_dump(
         mode="json",
         include={
-            "model", "architecture", "task", "problem", "method", "lora", "teacher", "distillation", "data",
-            "hyperparameters", "early_stopping",
+            "model", "architecture", "task", "problem", "method", "lora", "teacher", "distillation",
+            "preference", "data", "hyperparameters", "early_stopping",
         },
     )  # fmt: skip
     shapes = [[n, list(p.shape), p.requires_grad] for n, p in model.named_parameters()]

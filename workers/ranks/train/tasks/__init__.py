@@ -9,6 +9,7 @@ from shared.specs import SEQ2SEQ, TrainSpec
 from workers.ranks.train.tasks.base import Task
 from workers.ranks.train.tasks.embeddings import Embeddings
 from workers.ranks.train.tasks.fill_mask import FillMask
+from workers.ranks.train.tasks.preferences import Preferences
 from workers.ranks.train.tasks.text2text import Text2Text
 from workers.ranks.train.tasks.text_classification import open_text_classification
 from workers.ranks.train.tasks.text_generation import TextGeneration
@@ -29,6 +30,8 @@ def open_task(spec: TrainSpec, model_path: Path, train: DataFile) -> Task:
         return TokenClassification.open(spec, model_path, train)
     if spec.task in SEQ2SEQ:
         return Text2Text.open(spec, model_path, train)
+    if spec.preference is not None:
+        return Preferences.open(spec, model_path, train)
     if spec.task == "text-generation":
         return TextGeneration.open(spec, model_path, train)
     if spec.task == "fill-mask":

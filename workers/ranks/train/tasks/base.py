@@ -42,6 +42,7 @@ NOT_READ: dict[str, Any] = {
             "lora",
             "teacher",
             "distillation",
+            "preference",  # the task that reads pairs is a class of its own
             "architecture",
             "checkpoint",
             "early_stopping",

@@ -88,12 +88,17 @@ def runs(learned: NDArray[np.bool_]) -> list[int]:
     return [int(place) for place in np.flatnonzero(edges)]
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Encoded:
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, *, last_only: bool = False
+) -> Encoded:
     """A conversation as the model's chat template writes it; the assistant's turns are learned, each
     from after the words that prompt it to the end that the template gives it.
 
     A template that marks what is generated (``{% generation %}``) is taken at its word. With any other
     the conversation's beginnings are rendered: up to a turn with the prompt for it, and up to its end.
+
+    Args:
+        last_only: Of the assistant's turns only the last one is learned.
 
     Raises:
         BadRow: the template refuses the conversation, or writes a beginning otherwise when more follows.
@@ -104,6 +109,8 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> Encoded:
         text, spans = _taken(lambda: _marked_spans(tokenizer, messages))
     else:
         text, spans = assistant_spans(messages, partial(_render, tokenizer))
+    if last_only:
+        spans = spans[-1:]
     # A rendered chat has its special tokens from the template already.
     return encode_spans(tokenizer, [text], [spans], special=False)[0]
 

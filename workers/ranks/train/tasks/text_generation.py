@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from shared.examples import Chat, Completion, Passage, Placed
@@ -43,6 +44,8 @@ class TextGeneration(TokenPrediction):
 
     # What is generated later is not kept from here: memory for nothing.
     call: ClassVar[dict[str, Any]] = {"use_cache": False}
+    last_turn_only: ClassVar[bool] = False
+    """Of a chat, only the assistant's last turn is learned."""
 
     @classmethod
     def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
@@ -64,7 +67,7 @@ class TextGeneration(TokenPrediction):
                 _add(collected, Encoded(block, np.ones(len(block), np.bool_)), len(block))
         else:
             for chunk in read_chunks(file, self.spec):
-                for encoded in self._encode(chunk, file):
+                for encoded in self.encode(chunk, file):
                     _add(collected, encoded, self.loaded.max_length)
         examples = collected.done()
         if not examples.weights.any():
@@ -78,17 +81,11 @@ class TextGeneration(TokenPrediction):
 
     def batch(self, examples: Examples, indices: Indices | Sequence[int], seed: int) -> Batch:  # noqa: ARG002
         inputs, tokens = pad_tokens(examples.ragged["tokens"], indices, self.pad)
-        ids = inputs["input_ids"].numpy()
-        labels = np.full_like(ids, IGNORED)
-        for row, index in enumerate(indices):
-            for begin, end in examples.ragged["learned"][int(index)].reshape(-1, 2):
-                first = max(1, int(begin))
-                # The logits of a token predict the one after it.
-                labels[row, first - 1 : end - 1] = ids[row, first:end]
-        return Batch(inputs, {"labels": torch.from_numpy(labels)}, tokens)
+        learned = [examples.ragged["learned"][int(index)] for index in indices]
+        return Batch(inputs, {"labels": next_tokens(inputs["input_ids"], learned)}, tokens)
 
-    def _encode(self, chunk: Sequence[Placed], file: DataFile) -> Iterator[Encoded]:
-        """The examples of a chunk, in their order. All but chats are tokenised together."""
+    def encode(self, chunk: Sequence[Placed], file: DataFile) -> Iterator[Encoded]:
+        """The examples of a chunk, in their order, not cut. All but chats are tokenised together."""
         texts: dict[int, str] = {}
         spans: dict[int, list[tuple[int, int]]] = {}
         for number, placed in enumerate(chunk):
@@ -137,7 +134,7 @@ class TextGeneration(TokenPrediction):
                 f"'{self.spec.data.columns.completion}'.",
             )
         try:
-            return encode_chat(tokenizer, chat)
+            return encode_chat(tokenizer, chat, last_only=self.last_turn_only)
         except BadRow as problem:
             raise DataProblem(
                 problem.code, problem.message, name=file.name, line=line, hint=problem.hint
@@ -155,6 +152,17 @@ class TextGeneration(TokenPrediction):
             stream = stream[whole:]
         if len(stream) > 1:
             yield stream
+
+
+def next_tokens(ids: torch.Tensor, learned: Sequence[NDArray[np.int32]]) -> torch.Tensor:
+    """What the logits at each place are to predict: the token after it where that is learned, else
+    ``IGNORED``. [texts, tokens], as ``ids``; ``learned`` are the runs of each text."""
+    labels = torch.full_like(ids, IGNORED)
+    for row, runs_of_row in enumerate(learned):
+        for begin, end in runs_of_row.reshape(-1, 2).tolist():
+            first = max(1, begin)
+            labels[row, first - 1 : end - 1] = ids[row, first:end]
+    return labels
 
 
 def _add(collected: Collector, encoded: Encoded, limit: int) -> None:
