@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,32 @@ def test_text_is_generated(stack: StackProcess, tmp_path: Path) -> None:
     )  # fmt: skip
     labels = {row["completion"].strip() for row in asked}
     assert sum(o["text"].strip() in labels for o in outputs) >= 10
+
+
+def test_answers_are_preferred(stack: StackProcess, tmp_path: Path) -> None:
+    """Of two answers the one of low numbers; what was learned shows in what is generated."""
+    chance = random.Random(7)
+
+    def words(first: int, count: int) -> str:
+        return " ".join(f"w{first + chance.randrange(100)}" for _ in range(count))
+
+    pairs = [
+        {"prompt": f"{words(100, 3)} ", "chosen": words(0, 3), "rejected": words(200, 3)}
+        for _ in range(400)
+    ]
+    job = train(
+        stack.client, tmp_path, task="text-generation", model="tinyllama", preference={"beta": 0.1},
+        train=pairs[:340], validation=pairs[340:], hyperparameters={"epochs": 8},
+    )  # fmt: skip
+    assert metrics(job)["reward_accuracy"] > 0.9
+    outputs = infer(
+        stack.client, "text-generation", f"job:{job.id}",
+        [{"prompt": row["prompt"]} for row in pairs[340:]], generation={"max_new_tokens": 3},
+    )  # fmt: skip
+    said = [
+        int(word[1:]) for output in outputs for word in output["text"].split() if word[0] == "w"
+    ]
+    assert said and sum(number < 100 for number in said) > 0.8 * len(said)
 
 
 def test_one_text_is_written_for_another(stack: StackProcess, tmp_path: Path) -> None:
