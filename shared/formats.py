@@ -30,10 +30,16 @@ class DataFile:
 
     path: Path
     format: DataFormat = "jsonl"
+    dataset: str | None = None
+    """Of an installed dataset, whose rows were written into the file one a line: its name."""
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.name if self.dataset is None else f"dataset '{self.dataset}'"
+
+    def place(self, line: int) -> str:
+        """Where a row is, in the words of who wrote it. A dataset counts from 0."""
+        return f"{self.unit} {line}" if self.dataset is None else f"index {line - 1}"
 
     @property
     def unit(self) -> str:

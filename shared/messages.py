@@ -88,6 +88,7 @@ class TrainAssignment(Message):
     """Empty for a model from scratch (``spec.architecture``)."""
     teacher_path: str | None = None
     train_path: str
+    """Empty for a dataset that the rank makes (``spec.data.train``); so is ``validation_path``."""
     train_format: DataFormat = "jsonl"
     validation_path: str | None
     validation_format: DataFormat = "jsonl"

@@ -51,4 +51,4 @@ class Resolved(BaseModel):
     teacher: ResolvedModel | None = None
     requirements: Requirements
     inputs: dict[str, ResolvedInput]
-    """``train`` and ``validation``, or ``input``."""
+    """``train`` and ``validation``, or ``input``; none of a dataset that is made where the job runs."""

@@ -78,20 +78,23 @@ def resolve_training_data(store: Store, settings: Settings, spec: TrainSpec) -> 
         PathNotAllowed: outside the allowed folders.
     """
     limit = settings.max_scan_bytes
-    found = _find_file(store, settings, spec.data.train, param="data.train")
-    train = _scan(found, spec, limit, param="data.train")
-    _check_training(train, spec)
-    files = {"train": _resolved(train)}
-    longest = train.longest if train.whole else None
-    if spec.data.validation is not None:
-        param = "data.validation"
-        found = _find_file(store, settings, spec.data.validation, param=param)
-        validation = _scan(found, spec, limit, param=param)
+    scanned: dict[str, _Scanned] = {}
+    sources = {"train": spec.data.train, "validation": spec.data.validation}
+    for name, source in sources.items():
+        # A dataset is of the workers' packages, which are not seen from here.
+        if isinstance(source, str):
+            param = f"data.{name}"
+            found = _find_file(store, settings, source, param=param)
+            scanned[name] = _scan(found, spec, limit, param=param)
+    train, validation = scanned.get("train"), scanned.get("validation")
+    if train is not None:
+        _check_training(train, spec)
+    if validation is not None:
         _check_validation(validation, train)
-        files["validation"] = _resolved(validation)
-        whole = longest is not None and validation.whole
-        longest = max(train.longest, validation.longest) if whole else None
-    return Inputs(files, longest)
+    files = {name: _resolved(each) for name, each in scanned.items()}
+    seen = len(scanned) == sum(source is not None for source in sources.values())
+    whole = seen and all(each.whole for each in scanned.values())
+    return Inputs(files, max(each.longest for each in scanned.values()) if whole else None)
 
 
 def resolve_rows(store: Store, settings: Settings, spec: InferSpec) -> Inputs:
@@ -203,9 +206,11 @@ def _strata(train: _Scanned, spec: TrainSpec) -> list[int]:
     return [train.rows]
 
 
-def _check_validation(found: _Scanned, train: _Scanned) -> None:
+def _check_validation(found: _Scanned, train: _Scanned | None) -> None:
     if not found.rows:
         raise DataError(f"'{found.name}' has no rows", param="data.validation")
+    if train is None:
+        return
     unknown = [label for label in found.labels if label not in train.labels]
     if unknown and train.whole:
         raise DataError(

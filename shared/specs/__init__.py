@@ -30,6 +30,7 @@ from shared.specs.data import (
     Architecture,
     Columns,
     DataFormat,
+    InstalledDataset,
     TrainData,
 )
 from shared.specs.hyperparameters import (
@@ -82,6 +83,7 @@ __all__ = [
     "Generation",
     "Hyperparameters",
     "InferSpec",
+    "InstalledDataset",
     "JobFields",
     "JobSpec",
     "Lora",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, JsonValue, Tag, model_validator
 
 from shared.specs.common import SEQ2SEQ, Strict
 
@@ -110,12 +110,36 @@ DataFormat = Literal["jsonl", "csv", "tsv", "parquet", "text"]
 PLAIN_TEXT_TASKS: frozenset[str] = frozenset({"text-generation", "fill-mask"})
 
 
+class InstalledDataset(Strict):
+    """A map-style dataset (`torch.utils.data.Dataset`) whose items are rows, made by a package that is
+    installed where the workers run and declares it as an entry point of the group `gpuyard.datasets`."""
+
+    dataset: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="The entry point's name."
+    )
+    options: dict[str, JsonValue] = Field(
+        {}, description="Keyword arguments of what the entry point names."
+    )
+
+
+def _kind_of_source(value: Any) -> str:
+    return "[dataset]" if isinstance(value, dict | InstalledDataset) else "[file]"
+
+
+# Tags, or an error would be told for each of the two; in brackets, as they are no fields.
+Source = Annotated[
+    Annotated[str, Field(min_length=1, max_length=4096), Tag("[file]")]
+    | Annotated[InstalledDataset, Tag("[dataset]")],
+    Discriminator(_kind_of_source),
+]
+
+
 class TrainData(Strict):
     """JSONL (one object a line), CSV or TSV with a header line, Parquet, or lines of plain text. A
-    reference is `file_…` (uploaded) or a path."""
+    reference is `file_…` (uploaded) or a path. In place of a file stands also `{dataset, options}`."""
 
-    train: str = Field(min_length=1, max_length=4096)
-    validation: str | None = Field(None, min_length=1, max_length=4096)
+    train: Source
+    validation: Source | None = None
     validation_split: float | None = Field(None, gt=0, lt=1)
     format: Literal["auto"] | DataFormat = Field(
         "auto",
@@ -129,4 +153,8 @@ class TrainData(Strict):
     def _one_validation_source(self) -> Self:
         if self.validation is not None and self.validation_split is not None:
             raise ValueError("validation and validation_split exclude each other: keep one")
+        if self.format != "auto" and not any(
+            isinstance(source, str) for source in (self.train, self.validation)
+        ):
+            raise ValueError("data.format is how a file is read, and a dataset has rows: drop it")
         return self

@@ -51,8 +51,9 @@ def _first_problem(error: ValidationError) -> InvalidSpec:
 
 
 def _field(place: tuple[int | str, ...]) -> str | None:
-    """The field with dots; a place begins with the tag of the union, which is no field."""
-    return ".".join(map(str, place[1:])) or None
+    """The field with dots; a place begins with the tag of the union, which is no field, and may hold
+    others, in brackets."""
+    return ".".join(str(part) for part in place[1:] if not str(part).startswith("[")) or None
 
 
 def _meant(kind: str, name: str) -> str | None:

@@ -63,6 +63,8 @@ _context.set_forkserver_preload(
 def run_rank(sock: socket.socket, log: str, environment: dict[str, str]) -> None:
     """What a rank's process runs; its exit code is what ``main`` returned."""
     os.environ.update({"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **environment})
+    # As Python itself reads it at its start, which for a forked process is over.
+    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

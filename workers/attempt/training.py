@@ -124,7 +124,7 @@ def _prefer_the_cause(said: Failed, inbox: Inbox) -> Outcome:
 def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> TrainAssignment:
     resolved = Resolved.model_validate(claimed.resolved)
     data = site.settings.data
-    train, validation = resolved.inputs["train"], resolved.inputs.get("validation")
+    train, validation = resolved.inputs.get("train"), resolved.inputs.get("validation")
     return TrainAssignment(
         job_id=claimed.holder.job_id,
         attempt_id=claimed.holder.attempt_id,
@@ -136,8 +136,8 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         spec=TrainSpec.model_validate(claimed.spec),
         model_path=resolved.model.path,
         teacher_path=resolved.teacher.path if resolved.teacher else None,
-        train_path=str(data / train.path),
-        train_format=train.format,
+        train_path=str(data / train.path) if train else "",
+        train_format=train.format if train else "jsonl",
         validation_path=str(data / validation.path) if validation else None,
         validation_format=validation.format if validation else "jsonl",
         work_dir=str(folder.path),

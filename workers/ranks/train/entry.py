@@ -15,6 +15,7 @@ from shared.lifecycle import FailureClass
 from shared.messages import Done, Failed, Ready, TrainAssignment
 from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError
+from workers.ranks.train.datasets import forget_datasets, write_out_datasets
 from workers.ranks.train.deliver import deliver
 from workers.ranks.train.device import Compute, open_device
 from workers.ranks.train.distillation import distil
@@ -57,18 +58,21 @@ def main(channel: RankChannel) -> int:
     Every end but ``STOPPED`` is reported on the channel, as ``Done`` or as ``Failed``.
     """
     reporter = Reporter(channel)
-    attempt = ""
+    assignment: TrainAssignment | None = None
     try:
         assignment = reporter.receive_assignment()
-        attempt = assignment.attempt_id
         _run(assignment, reporter)
     except Stopped as order:
         reporter.say(f"stopped: {order}")
         return STOPPED
     except Preempted as end:
+        assert assignment is not None  # noqa: S101  it has been running
         return _leave(reporter, assignment, end)
     except BaseException as error:
-        return _fail(reporter, attempt, error)
+        return _fail(reporter, assignment.attempt_id if assignment else "", error)
+    finally:
+        if assignment is not None:
+            forget_datasets(assignment)
     return SUCCEEDED
 
 
@@ -78,6 +82,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     gang = join(assignment, compute, reporter)
 
     began = time.monotonic()
+    assignment = write_out_datasets(assignment, gang, reporter)
     model_path = Path(assignment.model_path)
     if spec.architecture is not None:
         model_path = begin_from_scratch(assignment, gang, reporter)

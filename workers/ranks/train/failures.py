@@ -26,7 +26,7 @@ class TrainingFailed(Exception):
 
 
 class DataProblem(TrainingFailed):
-    """The data cannot be used as they are; ``line`` counts from 1, in ``unit``."""
+    """The data cannot be used as they are. ``name`` is the file's, ``place`` the row's in it."""
 
     def __init__(
         self,
@@ -34,12 +34,13 @@ class DataProblem(TrainingFailed):
         message: str,
         *,
         name: str | None = None,
-        line: int | None = None,
-        unit: str = "line",
+        place: str | None = None,
         hint: str | None = None,
     ) -> None:
-        place = "" if name is None else f"{name}: " if line is None else f"{name}, {unit} {line}: "
-        super().__init__(FailureClass.DATA_ERROR, code, f"{place}{message}", hint)
+        where = ", ".join(part for part in (name, place) if part)
+        super().__init__(
+            FailureClass.DATA_ERROR, code, f"{where}: {message}" if where else message, hint
+        )
 
 
 class Stopped(Exception):

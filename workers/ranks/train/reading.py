@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shared.formats import DataFile
 from shared.messages import TrainAssignment
+from shared.specs import DataFormat, InstalledDataset
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import DataProblem
 from workers.ranks.train.gang import Gang
@@ -21,7 +22,12 @@ _POLL_SECONDS = 0.1
 
 
 def training_file(assignment: TrainAssignment) -> DataFile:
-    return DataFile(Path(assignment.train_path), assignment.train_format)
+    return _file(assignment.train_path, assignment.train_format, assignment.spec.data.train)
+
+
+def _file(path: str, format: DataFormat, source: str | InstalledDataset | None) -> DataFile:
+    dataset = source.dataset if isinstance(source, InstalledDataset) else None
+    return DataFile(Path(path), format, dataset)
 
 
 def read_data(
@@ -41,7 +47,7 @@ def read_data(
     reader = _Reader(task, cache, gang, reporter)
     training = reader.read(training_file(assignment), "training")
     if assignment.validation_path is not None:
-        file = DataFile(Path(assignment.validation_path), assignment.validation_format)
+        file = _file(assignment.validation_path, assignment.validation_format, data.validation)
         return training, reader.read(file, "validation"), None
     if data.validation_split is not None:
         kept, held_out = split(training, data.validation_split, seed, by=task.split_by)

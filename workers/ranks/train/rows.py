@@ -46,8 +46,7 @@ def read_rows(file: DataFile, spec: TrainSpec) -> Iterator[Placed]:
             problem.code,
             problem.message,
             name=file.name,
-            line=problem.line or None,
-            unit=file.unit,
+            place=file.place(problem.line) if problem.line else None,
             hint=problem.hint,
         ) from None
     except OSError as error:
@@ -114,8 +113,7 @@ def class_of(label: str, classes: Mapping[str, int], file: DataFile, line: int) 
             f"label '{label}' does not occur in the training data, which has "
             f"{_listed(list(classes))}",
             name=file.name,
-            line=line,
-            unit=file.unit,
+            place=file.place(line),
             hint="Correct the label, or add examples of it to the training data.",
         )
     return index

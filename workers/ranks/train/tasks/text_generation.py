@@ -128,7 +128,7 @@ class TextGeneration(TokenPrediction):
             raise TrainingFailed(
                 FailureClass.USER_ERROR,
                 "no_chat_template",
-                f"{file.name}, {file.unit} {line} is a chat, and the model's tokenizer has no chat template",
+                f"{file.name}, {file.place(line)} is a chat, and the model's tokenizer has no chat template",
                 "Choose a chat model, set tokenizer.chat_template and save it beside the model, or "
                 f"give columns '{self.spec.data.columns.prompt}' and "
                 f"'{self.spec.data.columns.completion}'.",
@@ -137,7 +137,11 @@ class TextGeneration(TokenPrediction):
             return encode_chat(tokenizer, chat, last_only=self.last_turn_only)
         except BadRow as problem:
             raise DataProblem(
-                problem.code, problem.message, name=file.name, line=line, hint=problem.hint
+                problem.code,
+                problem.message,
+                name=file.name,
+                place=file.place(line),
+                hint=problem.hint,
             ) from None
 
     def _blocks(self, file: DataFile) -> Iterator[list[int]]:
