@@ -147,6 +147,21 @@ def test_a_tag_that_training_lacks(client: httpx.Client, texts: Texts) -> None:
     )
 
 
+def test_a_dataset_of_the_workers_is_taken_at_its_word(client: httpx.Client, texts: Texts) -> None:
+    """What is there for the API to see is checked, the rest is the rank's."""
+    spec = training(texts, "token-classification", "encoder", TAGGED)
+    dataset = {"dataset": "treebank", "options": {"split": "train", "sizes": [1, 2]}}
+    data = {"train": dataset, "validation": spec["data"]["train"]}
+    job = submit(client, {**spec, "data": data})
+    assert job["spec"]["data"]["train"] == dataset
+    spec["data"] = {"train": dataset, "validation": str(texts("bad.jsonl", [{"tokens": ["a"]}]))}
+    error = error_of(client.post("/v1/jobs", json=spec), 422, "data_error")
+    assert error["param"] == "data.validation" and "no column 'tags'" in error["message"]
+    spec["data"] = {"train": {"dataset": "treebank", "split": "train"}}
+    error = error_of(client.post("/v1/jobs", json=spec), 422, "invalid_spec")
+    assert error["param"] == "data.train.split"
+
+
 def test_one_tag_alone_teaches_nothing(client: httpx.Client, texts: Texts) -> None:
     spec = training(texts, "token-classification", "encoder", TAGGED[1:])
     error = error_of(client.post("/v1/jobs", json=spec), 422, "data_error")

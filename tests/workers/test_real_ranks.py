@@ -14,6 +14,7 @@ from shared.resolved import ResolvedInput
 from shared.store import read
 from tests.stack import eventually
 from tests.training.harness import make_bert, make_rows, write_rows
+from tests.training.packages import install
 from tests.workers.fleet import Fleet
 
 pytestmark = pytest.mark.slow
@@ -181,3 +182,46 @@ def test_the_best_model_outlives_the_attempt_that_made_it(
     assert (made_best.step, made_best.attempt_id) == (best, first.id)
     assert newest.best_step == best and not newest.best
     assert all((fleet.data / kept.path).is_dir() for kept in (newest, made_best))
+
+
+SLICED = """
+import json
+
+class Sliced:
+    def __init__(self, path, part):
+        lines = open(path).read().splitlines()
+        self.lines = lines[:200] if part == "train" else lines[200:]
+    def __len__(self):
+        return len(self.lines)
+    def __getitem__(self, index):
+        return json.loads(self.lines[index])
+"""
+
+
+def test_a_dataset_of_a_package_that_is_installed_for_the_workers(
+    new_fleet: Callable[..., Fleet], database: str, valkey_url: str
+) -> None:
+    fleet = new_fleet(database, valkey_url, lease_ttl="20", claim_timeout="60")
+    site = install(fleet.data / "site", "sliced_rows", SLICED, sliced="Sliced")
+    fleet.environment["PYTHONPATH"] = f"{site}:{fleet.environment.get('PYTHONPATH', '')}"
+    fleet.start_scheduler()
+    fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
+    file = write_rows(fleet.data / "all.jsonl", make_rows(256, seed=1))
+
+    def part(name: str) -> dict[str, Any]:
+        return {"dataset": "sliced", "options": {"path": str(file), "part": name}}
+
+    job_id = fleet.submit(
+        {
+            "kind": "train",
+            "task": "text-classification",
+            "data": {"train": part("train"), "validation": part("validation")},
+            "resources": {"devices": 2},
+            "hyperparameters": {"batch_size": 16, "epochs": 8, "learning_rate": 5e-3},
+        },
+        {},
+        model=str(make_bert(fleet.data / "bert")),
+    )
+    job = fleet.wait(job_id, "succeeded", within=120)
+    assert job.summary is not None and job.summary["metrics"]["accuracy"] > 0.6  # chance: a third
+    assert not list((fleet.data / "jobs" / job_id).glob("attempts/*/rows"))

@@ -16,7 +16,7 @@ from shared.messages import (
     Stop,
     TrainAssignment,
 )
-from shared.resolved import Resolved
+from shared.resolved import Resolved, ResolvedInput
 from shared.specs import TrainSpec
 from shared.store.claim import Claimed, CommittedCheckpoint
 from workers.attempt.folders import AttemptFolder
@@ -125,6 +125,7 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
     resolved = Resolved.model_validate(claimed.resolved)
     data = site.settings.data
     train, validation = resolved.inputs.get("train"), resolved.inputs.get("validation")
+    spec = TrainSpec.model_validate(claimed.spec)
     return TrainAssignment(
         job_id=claimed.holder.job_id,
         attempt_id=claimed.holder.attempt_id,
@@ -133,18 +134,25 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         rank=claimed.holder.rank,
         world_size=claimed.world_size,
         device=site.device.handle,
-        spec=TrainSpec.model_validate(claimed.spec),
+        spec=spec,
         model_path=resolved.model.path,
         teacher_path=resolved.teacher.path if resolved.teacher else None,
         train_path=str(data / train.path) if train else "",
         train_format=train.format if train else "jsonl",
-        validation_path=str(data / validation.path) if validation else None,
+        validation_path=_validation_path(data, validation, spec),
         validation_format=validation.format if validation else "jsonl",
         work_dir=str(folder.path),
         cache_dir=str(_cache(data)),
         resume_from=tuple(_reference(each, data) for each in claimed.checkpoints),
         best_from=tuple(_reference(each, data) for each in claimed.best),
     )
+
+
+def _validation_path(data: Path, file: ResolvedInput | None, spec: TrainSpec) -> str | None:
+    """Empty for a dataset that the rank makes, None where there is no validation data."""
+    if file is not None:
+        return str(data / file.path)
+    return "" if spec.data.validation is not None else None
 
 
 def _cache(data: Path) -> Path:
