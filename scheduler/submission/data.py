@@ -14,7 +14,7 @@ from pathlib import Path
 from scheduler.submission.paths import allowed_data_file, printable, readable_file
 from shared import ids
 from shared.errors import DataError
-from shared.examples import read_examples
+from shared.examples import Chat, Example, Preferred, read_examples
 from shared.formats import DataFile, format_of
 from shared.messages import Shard
 from shared.records import BadRow
@@ -36,6 +36,10 @@ class Inputs:
     files: dict[str, ResolvedInput]
     longest_text: int | None
     """Bytes of the longest text, where all of the data was seen."""
+    labels: frozenset[str] | None = None
+    """Labels or tags of the training data, where all of these were seen."""
+    chat: str | None = None
+    """Where the first chat is, in words."""
     shards: tuple[Shard, ...] = ()
 
 
@@ -65,6 +69,8 @@ class _Scanned:
     longest: int = 0
     labels: dict[str, int] = field(default_factory=dict)
     """Label or tag: the line it was first seen on."""
+    chat: int | None = None
+    """The line of the first chat."""
     counts: Counter[tuple[str, ...]] = field(default_factory=Counter)
     """Rows by their labels: a split takes its share of each."""
 
@@ -94,7 +100,13 @@ def resolve_training_data(store: Store, settings: Settings, spec: TrainSpec) -> 
     files = {name: _resolved(each) for name, each in scanned.items()}
     seen = len(scanned) == sum(source is not None for source in sources.values())
     whole = seen and all(each.whole for each in scanned.values())
-    return Inputs(files, max(each.longest for each in scanned.values()) if whole else None)
+    chats = [f"'{s.name}' {s.file.unit} {s.chat}" for s in scanned.values() if s.chat is not None]
+    return Inputs(
+        files,
+        longest_text=max(each.longest for each in scanned.values()) if whole else None,
+        labels=frozenset(train.labels) if train is not None and train.whole else None,
+        chat=chats[0] if chats else None,
+    )
 
 
 def resolve_rows(store: Store, settings: Settings, spec: InferSpec) -> Inputs:
@@ -118,7 +130,8 @@ def resolve_rows(store: Store, settings: Settings, spec: InferSpec) -> Inputs:
         raise DataError(f"'{name}' has no rows", param="input", hint="Blank lines are no rows.")
     rows = shards[-1].first_row + shards[-1].rows
     size = path.stat().st_size
-    return Inputs({"input": ResolvedInput(path=str(path), size=size, rows=rows)}, longest, shards)
+    files = {"input": ResolvedInput(path=str(path), size=size, rows=rows)}
+    return Inputs(files, longest, shards=shards)
 
 
 def _find_file(store: Store, settings: Settings, reference: str, *, param: str) -> _Found:
@@ -235,6 +248,8 @@ def _scan(file: _Found, spec: TrainSpec, limit: int, *, param: str) -> _Scanned:
                 found.labels.setdefault(label, placed.line)
             if spec.task == "text-classification":
                 found.counts[example.labels] += 1
+            if found.chat is None and _is_chat(example):
+                found.chat = placed.line
             seen += placed.size
     except BadRow as problem:
         place = f" {found.file.unit} {problem.line}" if problem.line else ""
@@ -246,6 +261,10 @@ def _scan(file: _Found, spec: TrainSpec, limit: int, *, param: str) -> _Scanned:
     except OSError as error:
         raise DataError(f"'{file.name}' cannot be read: {error.strerror}", param=param) from None
     return found
+
+
+def _is_chat(example: Example) -> bool:
+    return isinstance(example.chosen if isinstance(example, Preferred) else example, Chat)
 
 
 def _as_read(file: _Found, spec: TrainSpec, *, param: str) -> DataFile:

@@ -18,6 +18,7 @@ from scheduler.footprint import ModelShape
 from scheduler.submission.architectures import SEQ2SEQ_TYPES, why_unsuitable
 from scheduler.submission.paths import inside, printable, resolved
 from scheduler.submission.scratch import shape_of
+from scheduler.submission.tokenizers import lacks_padding
 from scheduler.submission.weights import read_tensors
 from shared import ids
 from shared.errors import InvalidRequest, ModelNotFound, PathNotAllowed, UnsupportedModel
@@ -48,6 +49,8 @@ class FoundModel:
 
     resolved: ResolvedModel
     shape: ModelShape | None
+    labels: tuple[str, ...] | None = None
+    """The names that its config has for its classes."""
 
 
 def resolve_model(store: Store, settings: Settings, spec: TrainSpec | InferSpec) -> FoundModel:
@@ -211,10 +214,16 @@ def _inspect(folder: Path, label: str, source: Any, wanted: _Wanted) -> FoundMod
             param="model",
             hint="tokenizer.save_pretrained(folder) writes them beside the model's.",
         )
+    if wanted.trains and wanted.task != "text-generation" and lacks_padding(folder):
+        raise UnsupportedModel(
+            f"the tokenizer of model '{printable(name)}' has no padding token",
+            param="model",
+            hint="Set one (tokenizer.pad_token = ...) and save it beside the model.",
+        )
     tensors, stored = read_tensors(folder, name)
     shape = _shape(config, tensors, stored)
     where = ResolvedModel(source=source, path=str(folder), label=label, parameters=shape.parameters)
-    return FoundModel(where, shape)
+    return FoundModel(where, shape, labels=_labels(config))
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -236,6 +245,13 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
             f"config.json of '{printable(name)}' cannot be read: {error}", param="model"
         ) from None
     return config
+
+
+def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
+    names = config.get("id2label")
+    if not isinstance(names, dict) or not names:
+        return None
+    return tuple(str(name) for name in names.values())
 
 
 def _check_task(config: dict[str, Any], wanted: _Wanted) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from sqlmodel import Session, func, select
 
 from scheduler.submission.data import Inputs, resolve_rows, resolve_training_data
+from scheduler.submission.fitting import require_fit
 from scheduler.submission.inline import rows_to_file, write_once
 from scheduler.submission.models import FoundModel, resolve_model, resolve_teacher
 from scheduler.submission.requirements import refuse_impossible, requirements
@@ -106,6 +107,8 @@ def resolve(
     if key not in known.inputs:
         known.inputs[key] = _resolve_inputs(store, settings, spec)
     inputs = known.inputs[key]
+    if isinstance(spec, TrainSpec):
+        require_fit(spec, model, teacher, inputs)
     needs = requirements(spec, model.shape, inputs.longest_text, teacher.shape if teacher else None)
     fleet = store.call(_fleet, settings.device_timeout)
     refuse_impossible(spec, needs, fleet)

@@ -83,7 +83,8 @@ def place(module_place: Path) -> Path:
         (module_place / name).mkdir()
     write_model(module_place / "roots" / "encoder", ENCODER)
     write_model(module_place / "roots" / "classifier", CLASSIFIER)
-    write_model(module_place / "roots" / "causal", CAUSAL)
+    causal = write_model(module_place / "roots" / "causal", CAUSAL)
+    (causal / "chat_template.jinja").write_text("{{ messages }}")
     return module_place
 
 

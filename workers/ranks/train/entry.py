@@ -24,6 +24,7 @@ from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, exp
 from workers.ranks.train.freezing import freeze
 from workers.ranks.train.gang import join
 from workers.ranks.train.loop import Trainer
+from workers.ranks.train.notices import tell_about_data
 from workers.ranks.train.optimizer import make_optimizer
 from workers.ranks.train.order import BatchPlan, Indices, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
@@ -119,6 +120,8 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
             f"resumed from the checkpoint of step {position.step}: "
             f"{plan.total_steps - position.step} steps to go"
         )
+    elif gang.rank == 0:
+        tell_about_data(task, model_path, training, validation, reporter)
     trainer = Trainer(
         spec=spec,
         task=task,
