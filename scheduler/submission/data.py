@@ -184,8 +184,7 @@ def _check_training(train: _Scanned, spec: TrainSpec) -> None:
 
 
 def _check_labels(train: _Scanned, spec: TrainSpec) -> None:
-    least = _labels_needed(spec)
-    if len(train.labels) >= least:
+    if len(train.labels) >= spec.labels_needed:
         return
     column = spec.data.columns.tags if spec.task == "token-classification" else None
     column = column or spec.data.columns.label
@@ -201,15 +200,6 @@ def _check_labels(train: _Scanned, spec: TrainSpec) -> None:
         param="data.train",
         hint=f"Check that column '{column}' is the label.",
     )
-
-
-def _labels_needed(spec: TrainSpec) -> int:
-    """Different labels without which there is nothing to tell apart."""
-    if spec.task == "token-classification":
-        return 2
-    if spec.task != "text-classification":
-        return 0
-    return {"single-label": 2, "multi-label": 1, "regression": 0}[spec.problem]
 
 
 def _strata(train: _Scanned, spec: TrainSpec) -> list[int]:

@@ -153,6 +153,15 @@ class TrainSpec(JobFields):
         return PREFERENCE_COLUMNS if self.preference is not None else TASK_COLUMNS[self.task]
 
     @property
+    def labels_needed(self) -> int:
+        """Different labels without which there is nothing to tell apart; 0 for a task without labels."""
+        if self.task == "token-classification":
+            return 2
+        if self.task != "text-classification":
+            return 0
+        return {"single-label": 2, "multi-label": 1, "regression": 0}[self.problem]
+
+    @property
     def reads_plain_text(self) -> bool:
         """Whether a line of text can be a row."""
         return self.task in PLAIN_TEXT_TASKS and self.preference is None

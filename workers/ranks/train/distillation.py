@@ -122,7 +122,7 @@ def distil(
     # By name: a head of the right size for other labels would teach nonsense.
     if labels and sorted(known_labels(teacher_path) or ()) != sorted(labels):
         raise _other(f"the teacher '{name}' was not trained for these labels")
-    teacher = open_task(spec, teacher_path, train)
+    teacher = open_task(spec, teacher_path, train, labels)
     if teacher.loaded.fresh:
         raise _other(f"the teacher '{name}' has no trained head for this task")
     same_tokens = _vocabulary(task) == _vocabulary(teacher)

@@ -23,6 +23,7 @@ from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
 from workers.ranks.train.freezing import freeze
 from workers.ranks.train.gang import join
+from workers.ranks.train.labels import share_labels
 from workers.ranks.train.loop import Trainer
 from workers.ranks.train.notices import tell_about_data
 from workers.ranks.train.optimizer import make_optimizer
@@ -87,7 +88,8 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     model_path = Path(assignment.model_path)
     if spec.architecture is not None:
         model_path = begin_from_scratch(assignment, gang, reporter)
-    task = open_task(spec, model_path, training_file(assignment))
+    labels = share_labels(assignment, gang, reporter)
+    task = open_task(spec, model_path, training_file(assignment), labels)
     training, validation, rows = read_data(assignment, task, gang, reporter)
     plan, schedule = _plan(assignment, len(training))
     model = task.loaded.model

@@ -144,9 +144,9 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:
-        """Load the model for what the training data asks of it. New parts are a function of the seed
-        alone, so all ranks make the same.
+    def open(cls, spec: TrainSpec, model_path: Path, labels: Sequence[str]) -> Self:
+        """Load the model for what the training data asks of it: ``labels`` are those that these have,
+        sorted. New parts are a function of the seed alone, so all ranks make the same.
 
         Raises:
             LoadError, TrainingFailed: the model, or the data, cannot be used.

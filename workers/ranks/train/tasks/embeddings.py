@@ -47,7 +47,7 @@ class Embeddings(Task):
     best = "recall_at_1"
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
+    def open(cls, spec: TrainSpec, model_path: Path, labels: Sequence[str]) -> Self:  # noqa: ARG003
         options = spec.hyperparameters
         model = load_encoder(model_path, dtype=torch.float32, dropout=options.dropout)
         tokenizer = tokenizer_with_pad(model_path)

@@ -46,7 +46,7 @@ class FillMask(TokenPrediction):
         self.ordinary = known[known < rows]
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
+    def open(cls, spec: TrainSpec, model_path: Path, labels: Sequence[str]) -> Self:  # noqa: ARG003
         options = spec.hyperparameters
         model, head, fresh = _load(spec, model_path)
         tokenizer = tokenizer_with_pad(model_path)

@@ -53,7 +53,7 @@ class Text2Text(TokenPrediction):
         self._target_limit = min(loaded.max_length, limit or loaded.max_length)
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
+    def open(cls, spec: TrainSpec, model_path: Path, labels: Sequence[str]) -> Self:  # noqa: ARG003
         options = spec.hyperparameters
         model = load_seq2seq(model_path, dtype=torch.float32, dropout=options.dropout)
         _require_start(model, model_path)

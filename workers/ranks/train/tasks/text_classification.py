@@ -18,7 +18,7 @@ from workers.ranks.loading import Problem, load_sequence_classifier
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Batch, Examples, pad_tokens
 from workers.ranks.train.order import Indices, derive
-from workers.ranks.train.rows import Collector, class_of, find_labels, read_chunks, tokenise
+from workers.ranks.train.rows import Collector, class_of, read_chunks, tokenise
 from workers.ranks.train.tasks.base import Evaluation, Loaded, Sums, Task
 from workers.ranks.train.tasks.model import order_labels, text_limit, tokenizer_with_pad
 from workers.ranks.train.tasks.scores import by_label, count, score
@@ -27,14 +27,14 @@ SCORE = "score"
 """The name of a regression's one output."""
 
 
-def open_text_classification(spec: TrainSpec, model_path: Path, train: DataFile) -> Task:
+def open_text_classification(spec: TrainSpec, model_path: Path, labels: Sequence[str]) -> Task:
     """The kind of classification that ``spec.problem`` names."""
     kinds: dict[str, type[Task]] = {
         "single-label": SingleLabel,
         "multi-label": MultiLabel,
         "regression": Regression,
     }
-    return kinds[spec.problem].open(spec, model_path, train)
+    return kinds[spec.problem].open(spec, model_path, labels)
 
 
 class _Classification(Task):
@@ -94,8 +94,8 @@ class SingleLabel(_Classification):
     split_by = "label"
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:
-        labels = order_labels(find_labels(train, spec, at_least=2), model_path)
+    def open(cls, spec: TrainSpec, model_path: Path, labels: Sequence[str]) -> Self:
+        labels = order_labels(labels, model_path)
         what = f"classification head for {len(labels)} labels"
         return cls(cls.load(spec, model_path, labels, "single_label_classification", what), spec)
 
@@ -150,8 +150,8 @@ class MultiLabel(_Classification):
     best = "micro_f1"
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:
-        labels = order_labels(find_labels(train, spec, at_least=1), model_path)
+    def open(cls, spec: TrainSpec, model_path: Path, labels: Sequence[str]) -> Self:
+        labels = order_labels(labels, model_path)
         what = f"multi-label classification head for {len(labels)} labels"
         return cls(cls.load(spec, model_path, labels, "multi_label_classification", what), spec)
 
@@ -207,7 +207,7 @@ class Regression(_Classification):
     best = "pearson"
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
+    def open(cls, spec: TrainSpec, model_path: Path, labels: Sequence[str]) -> Self:  # noqa: ARG003
         return cls(cls.load(spec, model_path, (SCORE,), "regression", "regression head"), spec)
 
     def target(

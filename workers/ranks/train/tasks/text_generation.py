@@ -48,7 +48,7 @@ class TextGeneration(TokenPrediction):
     """Of a chat, only the assistant's last turn is learned."""
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:  # noqa: ARG003
+    def open(cls, spec: TrainSpec, model_path: Path, labels: Sequence[str]) -> Self:  # noqa: ARG003
         options = spec.hyperparameters
         model = load_causal_lm(model_path, torch.float32, dropout=options.dropout)
         tokenizer = load_tokenizer(model_path)

@@ -22,7 +22,7 @@ from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError, load_token_classifier, load_tokenizer
 from workers.ranks.train.examples import IGNORED, Batch, Examples, pad_tokens
 from workers.ranks.train.order import Indices, derive
-from workers.ranks.train.rows import Collector, class_of, find_labels, read_chunks
+from workers.ranks.train.rows import Collector, class_of, read_chunks
 from workers.ranks.train.tasks.base import Evaluation, Loaded, Sums
 from workers.ranks.train.tasks.entities import count_entities, entity_kinds
 from workers.ranks.train.tasks.model import order_labels, text_limit, tokenizer_with_pad
@@ -42,10 +42,9 @@ class TokenClassification(TokenPrediction):
         self.best = "f1" if self.kinds else "accuracy"
 
     @classmethod
-    def open(cls, spec: TrainSpec, model_path: Path, train: DataFile) -> Self:
+    def open(cls, spec: TrainSpec, model_path: Path, labels: Sequence[str]) -> Self:
         options = spec.hyperparameters
-        tags = outside_first(find_labels(train, spec, at_least=2))
-        labels = order_labels(tags, model_path)
+        labels = order_labels(outside_first(labels), model_path)
         classifier = load_token_classifier(
             model_path, labels=labels, dropout=options.dropout, seed=derive(options.seed, "head")
         )
