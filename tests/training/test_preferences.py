@@ -165,6 +165,19 @@ def test_the_reference_is_computed_once_and_by_any_number_of_ranks_the_same(
     assert damaged.weights == without.weights == first.weights
 
 
+def test_ranks_that_see_other_pairs_do_not_wait_for_one_another(
+    tmp_path: Path, gpt2: Path, pairs: Path
+) -> None:
+    other = write_rows(tmp_path / "other.jsonl", preference_rows(70, seed=4))
+    assignment = make_assignment(
+        tmp_path / "work", gpt2, pairs, ranks=2, batch_size=16, max_steps=1, task="text-generation",
+        spec_fields={"preference": {}},
+    )  # fmt: skip
+    gang = Gang(assignment, differing={1: {"train_path": str(other)}}).run()
+    assert gang.failed.code == "ranks_disagree"
+    assert "do not see the same training" in gang.failed.message
+
+
 def test_a_model_that_changed_has_another_reference(
     tmp_path: Path, gpt2: Path, pairs: Path
 ) -> None:

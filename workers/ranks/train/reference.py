@@ -28,6 +28,7 @@ from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.reports import Reporter
+from workers.ranks.train.state import require_agreement
 from workers.ranks.train.tasks.preferences import REFERENCE, Preferences
 
 KEPT_SECONDS = 14 * 24 * 3600.0
@@ -54,11 +55,17 @@ def add_reference(
     and in ``eval`` mode afterwards.
 
     Raises:
+        TrainingFailed: the ranks do not see the same data (infrastructure).
         Stopped: the worker ordered it, or is gone.
     """
     folder = None if assignment.cache_dir is None else Path(assignment.cache_dir) / "reference"
     micro = assignment.spec.hyperparameters.micro_batch_size or PAIRS_TOGETHER
     together = min(PAIRS_TOGETHER, micro)
+    digests = {"training": training.digest()}
+    if validation is not None:
+        digests["validation"] = validation.digest()
+    # What follows adds up arrays over the ranks: of unequal sizes they would wait for ever.
+    require_agreement(gang, digests, "examples")
     model = task.loaded.model
     model.eval()  # type: ignore[no-untyped-call]
     # Once: of a large model it takes a while.

@@ -84,9 +84,9 @@ def _frozen_digest(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
-def require_agreement(gang: Gang, own: Fingerprint) -> None:
+def require_agreement(gang: Gang, own: Fingerprint, topic: str = "fingerprint") -> None:
     """Raises TrainingFailed on a rank that sees other data or another model than rank 0."""
-    theirs = gang.share("fingerprint", own)
+    theirs = gang.share(topic, own)
     differing = sorted(name for name in own if own[name] != theirs[name])
     if differing:
         raise TrainingFailed(
