@@ -84,7 +84,7 @@ def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None)
         longest_text: Bytes of the longest text of the data; None: unknown, so the maximum length.
     """
     options = spec.hyperparameters
-    rows = options.micro_batch_size or -(-options.batch_size // spec.resources.devices)
+    rows, waiting = spec.world_sizes.micro_batch, spec.world_sizes.waiting_sums
     if spec.preference is not None:  # both answers; the reference is computed before training
         rows *= 2
     if options.packing:  # every block is full, however short the texts are
@@ -99,7 +99,9 @@ def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None)
     logits = rows * length * _logits_bytes(shape, spec.task)
     if spec.task == "embeddings":  # both texts of a pair go through the model together
         activations, embeddings = 2 * activations, 2 * embeddings
-    updating = FP32 * trainable + _optimizer_bytes(shape, options.optimizer, trainable)
+    updating = FP32 * trainable * (1 + waiting) + _optimizer_bytes(
+        shape, options.optimizer, trainable
+    )
     return FP32 * shape.parameters + updating + activations + embeddings + logits + RUNTIME
 
 

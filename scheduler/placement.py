@@ -1,7 +1,8 @@
 """Placement: on which devices? Pure: the fleet and the ordered jobs in, a decision for each out.
 
 The least capable class that fits is taken first, so that the rare devices stay for those who need
-them. A gang gets all of its devices or none. Within a class, hosts are filled up tightly, so that
+them. A gang gets all of its devices or none; one that may have different sizes starts on the most that
+are free now, and does not wait for more than the fewest. Within a class, hosts are filled up tightly, so that
 large holes stay whole for the next gang. A job that could run once busy devices are free withholds
 the free ones that it would use from all jobs after it: otherwise small jobs would starve it.
 """
@@ -89,12 +90,13 @@ class _Round:
         options = self.options[needs]
         if options.never is not None:
             return Waiting(options.never)
-        for group in options.groups:
-            free = self._free(group)
-            if len(free) >= needs.devices:
-                chosen = _spread(free, needs.devices)
-                self.taken.update(d.id for d in chosen)
-                return self._placement(needs, chosen)
+        found = [self._free(group) for group in options.groups]
+        # The first of those that give the most: `max` keeps to the order.
+        free = max(found, key=lambda free: needs.most_of(len(free)), default=[])
+        if size := needs.most_of(len(free)):
+            chosen = _spread(free, size)
+            self.taken.update(d.id for d in chosen)
+            return self._placement(needs, chosen, len(free))
         return self._wait(needs, options)
 
     def _find_options(self, needs: Requirements) -> _Options:
@@ -124,12 +126,17 @@ class _Round:
     def _occupied(self, device: DeviceState) -> bool:
         return device.busy or device.id in self.taken
 
-    def _placement(self, needs: Requirements, chosen: Sequence[DeviceState]) -> Placement:
+    def _placement(
+        self, needs: Requirements, chosen: Sequence[DeviceState], free: int
+    ) -> Placement:
         names = sorted({_class_of(d) for d in chosen})
         where = f"{' and '.join(name for _, _, name in names)}, the least capable that fits"
         if len(chosen) > 1:
             hosts = len({d.host for d in chosen})
             where += ", on one host" if hosts == 1 else f", over {hosts} hosts"
+        if needs.world_sizes:
+            size, most = len(chosen), needs.world_sizes[-1]
+            where = f"{size} of {needs.devices} to {most} devices, {free} being free; {where}"
         return Placement(
             devices=tuple(d.id for d in chosen),
             queues=tuple(self._queue(needs, d, alone=len(chosen) == 1) for d in chosen),

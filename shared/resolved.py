@@ -15,6 +15,9 @@ class Requirements(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     devices: int
+    """The fewest that an attempt can run on."""
+    world_sizes: tuple[int, ...] = ()
+    """Ascending, where there is a choice: all numbers of devices that it can run on."""
     accelerator: Accelerator
     memory_bytes: int = 0
     compute_capability: int = 0
@@ -22,6 +25,10 @@ class Requirements(BaseModel):
     features: tuple[Feature, ...] = ()
     memory_is_estimate: bool = True
     """Whether the footprint estimate gave ``memory_bytes``, not the user."""
+
+    def most_of(self, free: int) -> int:
+        """The most devices, of so many that are free, that an attempt can run on; 0: too few."""
+        return max((s for s in self.world_sizes or (self.devices,) if s <= free), default=0)
 
 
 class ResolvedModel(BaseModel):

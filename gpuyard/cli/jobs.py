@@ -20,6 +20,7 @@ from gpuyard.cli.watch import watch as follow_to_its_end
 from gpuyard.errors import JobFailed
 from shared.errors import Conflict, DataError
 from shared.lifecycle import JobState
+from shared.specs import Resources
 
 
 def register(app: typer.Typer) -> None:
@@ -95,8 +96,8 @@ def logs(
         for piece in pieces:
             session.emit(piece)
         return
-    ranks = session.client.job(job).spec["resources"]["devices"]
-    printer = _LinePrinter(prefixed=ranks > 1 and rank is None)
+    resources = Resources.model_validate(session.client.job(job).spec["resources"])
+    printer = _LinePrinter(prefixed=resources.most > 1 and rank is None)
     for piece in pieces:
         printer.add(piece.attempt, piece.rank, piece.text)
     printer.end()

@@ -224,8 +224,9 @@ def job_fields(job: JobDetail) -> Table:
 
 def needs(requirements: dict[str, Any]) -> str:
     """Requirements in words, those that ask for something."""
-    devices = requirements.get("devices") or 1
-    parts = [f"{devices} device" + ("s" if devices > 1 else "")]
+    least = requirements.get("devices") or 1
+    most = max(requirements.get("world_sizes") or (least,))
+    parts = [f"{least} to {most} devices" if most > least else f"{least} device{'s'[: least > 1]}"]
     if requirements.get("accelerator") not in (None, "auto"):
         parts.append(str(requirements["accelerator"]))
     if memory := requirements.get("memory_bytes"):

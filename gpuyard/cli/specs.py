@@ -122,6 +122,25 @@ def parse_setting(text: str) -> tuple[str, Any]:
     return path, _parse(value, f"--set {path}")
 
 
+def parse_devices(text: str | None) -> int | dict[str, int] | None:
+    """``--devices``: a number, or the fewest and the most with a hyphen between.
+
+    Raises:
+        InvalidSpec: it is neither.
+    """
+    if text is None:
+        return None
+    numbers = text.split("-")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise InvalidSpec(
+            f"--devices {text!r} is no number of devices",
+            param="--devices",
+            hint="For instance --devices 2, or --devices 2-8 for as many as are free.",
+        )
+    least, *most = map(int, numbers)
+    return {"min": least, "max": most[0]} if most else least
+
+
 def build_spec(
     base: Mapping[str, Any], flags: Mapping[str, Any], settings: Iterable[str]
 ) -> dict[str, Any]:

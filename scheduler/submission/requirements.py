@@ -24,8 +24,10 @@ def asked(spec: TrainSpec | InferSpec) -> Requirements:
     resources = spec.resources
     precision = spec.hyperparameters.precision if isinstance(spec, TrainSpec) else spec.precision
     features: tuple[Feature, ...] = ("bf16",) if precision == "bf16" else ()
+    usable = spec.world_sizes.usable if isinstance(spec, TrainSpec) else (resources.most,)
     return Requirements(
-        devices=resources.devices,
+        devices=usable[0],
+        world_sizes=usable if len(usable) > 1 else (),
         accelerator=resources.accelerator,
         memory_bytes=int((resources.memory_gb or 0) * GIB),
         compute_capability=round((resources.min_compute_capability or 0) * 10),

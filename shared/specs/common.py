@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 
 class Strict(BaseModel):
@@ -30,13 +30,41 @@ SEQ2SEQ: frozenset[str] = frozenset({"text2text", "summarization"})
 GENERATIVE: frozenset[str] = SEQ2SEQ | {"text-generation"}
 
 
+class DeviceRange(Strict):
+    """An attempt starts on as many devices as are free, between these two."""
+
+    min: int = Field(ge=1, le=1024)
+    max: int = Field(ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"resources.devices.min {self.min} is above max {self.max}")
+        return self
+
+
+def _form(value: Any) -> str:
+    return "[range]" if isinstance(value, dict | DeviceRange) else "[number]"
+
+
+Devices = Annotated[
+    Annotated[int, Field(ge=1, le=1024), Tag("[number]")] | Annotated[DeviceRange, Tag("[range]")],
+    Discriminator(_form),
+]
+
+
 class Resources(Strict):
     """What a job *needs*; placement takes the least capable devices that have it.
 
     Left empty, ``memory_gb`` comes from the footprint estimate of the model.
     """
 
-    devices: int = Field(1, ge=1, le=1024, description="World size: one rank per device.")
+    devices: Devices = Field(
+        1,
+        description="World size: one rank per device. A training may give {min, max}: each attempt "
+        "runs on as many as are free then.",
+        examples=[2, {"min": 2, "max": 8}],
+    )
     accelerator: Accelerator = Field(
         "auto", description="auto: CUDA devices where the fleet has any that fit, else CPU slots."
     )
@@ -51,6 +79,15 @@ class Resources(Strict):
         if self.accelerator == "cpu" and self.min_compute_capability is not None:
             raise ValueError("accelerator 'cpu' has no compute capability: drop one of the two")
         return self
+
+    @property
+    def least(self) -> int:
+        """Devices that must be free for the job to start."""
+        return self.devices.min if isinstance(self.devices, DeviceRange) else self.devices
+
+    @property
+    def most(self) -> int:
+        return self.devices.max if isinstance(self.devices, DeviceRange) else self.devices
 
 
 class Retry(Strict):

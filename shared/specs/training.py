@@ -26,6 +26,7 @@ from shared.specs.hyperparameters import (
     Lora,
     Preference,
 )
+from shared.specs.world_sizes import WorldSizes, fixed_world_size, world_sizes
 
 Problem = Literal["single-label", "multi-label", "regression"]
 
@@ -213,34 +214,30 @@ class TrainSpec(JobFields):
                 )
         return self
 
+    @property
+    def elastic(self) -> bool:
+        """Whether attempts may run on different numbers of devices."""
+        return self.resources.least < self.resources.most
+
+    @property
+    def world_sizes(self) -> WorldSizes:
+        """How the global batch is cut, and the numbers of devices that it can be cut for."""
+        options, resources = self.hyperparameters, self.resources
+        batch, micro = options.batch_size, options.micro_batch_size
+        if self.elastic:
+            return world_sizes(batch, micro, resources.least, resources.most)
+        return fixed_world_size(batch, micro, resources.most)
+
     @model_validator(mode="after")
-    def _pairs_have_negatives(self) -> Self:
-        share = self.hyperparameters.batch_size // self.resources.devices
-        together = min(share, self.hyperparameters.micro_batch_size or share)
+    def _batch_splits_over_ranks(self) -> Self:
+        together = self.world_sizes.micro_batch  # raises where it does not
         if self.task == "embeddings" and together < 2:
             raise ValueError(
                 "embeddings learn to tell a pair from the others of its micro-batch: "
                 f"hyperparameters.batch_size {self.hyperparameters.batch_size} over "
-                f"resources.devices {self.resources.devices}"
-                + (" and micro_batch_size 1" if share > 1 else "")
+                f"resources.devices {self.resources.most}"
+                + (" and micro_batch_size 1" if self.hyperparameters.micro_batch_size == 1 else "")
                 + " leaves one pair alone; a rank needs 2 or more at once"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _batch_splits_over_ranks(self) -> Self:
-        batch, ranks = self.hyperparameters.batch_size, self.resources.devices
-        if batch % ranks:
-            raise ValueError(
-                f"hyperparameters.batch_size {batch} is the global batch and does not divide "
-                f"evenly over resources.devices {ranks}"
-            )
-        share, micro = batch // ranks, self.hyperparameters.micro_batch_size
-        # One above a rank's share is cut to it, so that a spec also runs on more devices.
-        if micro is not None and micro < share and share % micro:
-            raise ValueError(
-                f"hyperparameters.batch_size {batch} over resources.devices {ranks} is {share} for "
-                f"each rank, which is no multiple of hyperparameters.micro_batch_size {micro}"
             )
         if self.hyperparameters.precision == "fp32" and "bf16" in self.resources.features:
             raise ValueError("precision 'fp32' and the required feature 'bf16' contradict")

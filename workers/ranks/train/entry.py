@@ -189,13 +189,14 @@ def _add_lora(task: Task, spec: TrainSpec) -> Adapter:
 
 
 def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedule]:
-    options = assignment.spec.hyperparameters
+    options, sizes = assignment.spec.hyperparameters, assignment.spec.world_sizes
     try:
         plan = plan_batches(
             examples=examples,
             ranks=assignment.world_size,
             global_batch=options.batch_size,
-            micro_batch=options.micro_batch_size,
+            micro_batch=sizes.micro_batch,
+            widest=sizes.usable[-1] if assignment.spec.elastic else None,
             epochs=options.epochs,
             max_steps=options.max_steps,
         )

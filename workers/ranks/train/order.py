@@ -2,12 +2,16 @@
 
 Nothing here has state. That is what makes resuming exact: a step that is computed again, in another
 process, sees the same examples in the same order under the same dropout masks.
+
+A global batch is cut into virtual shards, which do not depend on how many ranks there are: each rank
+computes some of them, one after another, as its micro-batches.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +38,10 @@ class BatchPlan:
 
     examples: int
     ranks: int
+    widest: int
+    """The most ranks that the training may have: a partial batch is cut for so many."""
+    tree: bool
+    """Whether gradients are added up in one tree, whatever the ranks: see ``micro_batches``."""
     micro_batch: int
     accumulation: int
     epochs: int
@@ -42,6 +50,11 @@ class BatchPlan:
     @property
     def global_batch(self) -> int:
         return self.ranks * self.micro_batch * self.accumulation
+
+    @property
+    def shards(self) -> int:
+        """Virtual shards of a whole batch."""
+        return self.ranks * self.accumulation
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,8 +78,13 @@ def plan_batches(
     micro_batch: int | None,
     epochs: int,
     max_steps: int | None,
+    widest: int | None = None,
 ) -> BatchPlan:
-    """Do the batch arithmetic. A ``micro_batch`` above a rank's share is cut to it.
+    """Do the batch arithmetic.
+
+    Where the number of ranks is fixed, ``widest`` is None, and a ``micro_batch`` above a rank's share
+    is cut to it. Where attempts may have up to ``widest`` ranks, ``micro_batch`` says what a virtual
+    shard is, and all attempts add up gradients in the same tree.
 
     Raises:
         ValueError: the batch does not divide; the message is for the user.
@@ -74,7 +92,9 @@ def plan_batches(
     if global_batch % ranks:
         raise ValueError(f"batch_size {global_batch} does not divide evenly over {ranks} ranks")
     share = global_batch // ranks
-    micro = share if micro_batch is None else min(micro_batch, share)
+    micro = share if micro_batch is None else micro_batch
+    if widest is None:
+        micro = min(micro, share)
     if share % micro:
         raise ValueError(
             f"batch_size {global_batch} over {ranks} rank(s) is {share} for each, which is no "
@@ -84,6 +104,8 @@ def plan_batches(
     plan = BatchPlan(
         examples=examples,
         ranks=ranks,
+        widest=ranks if widest is None else widest,
+        tree=widest is not None,
         micro_batch=micro,
         accumulation=share // micro,
         epochs=epochs,
@@ -112,13 +134,60 @@ def epoch_order(lengths: NDArray[np.int32], global_batch: int, seed: int, epoch:
     return np.concatenate([shuffled.reshape(-1), order[whole * global_batch :]])
 
 
-def micro_batches(batch: Indices, plan: BatchPlan, rank: int) -> list[Indices]:
-    """A rank's micro-batches of one global batch, sorted by length as ``epoch_order`` leaves it.
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """A virtual shard, as a rank comes to compute it. A plain sum leaves the last two fields alone."""
 
-    Neighbours in length are computed at the same moment on all ranks, so that none waits for
-    another. Every rank gets the same number of micro-batches, because each is a step of DDP that
-    all take part in: of a partial batch, some may be empty.
+    shard: int
+    indices: Indices
+    apart: bool = False
+    """Its gradient begins a sum of its own: what was added up so far is set aside."""
+    joins: int = 0
+    """So many of the sums that were set aside are added to that of this one, the latest first."""
+
+
+def virtual_shards(batch: Indices, plan: BatchPlan) -> list[Indices]:
+    """A global batch, sorted by length as ``epoch_order`` leaves it, cut into neighbours.
+
+    Of a partial batch the shards are smaller, or fewer, but enough for ``plan.widest`` ranks.
     """
-    together = plan.ranks * plan.micro_batch
-    starts = range(0, len(batch), together)
-    return [batch[start : start + together][rank :: plan.ranks] for start in starts]
+    used = -(-len(batch) // plan.micro_batch)
+    used = min(plan.shards, -(-used // plan.widest) * plan.widest)
+    return np.array_split(batch, used)
+
+
+def micro_batches(batch: Indices, plan: BatchPlan, rank: int) -> list[MicroBatch]:
+    """A rank's virtual shards of one global batch, in the order in which it computes them.
+
+    Shards are dealt out like cards, so neighbours in length are computed at about the same moment on
+    all ranks and none waits long for another. Of a partial batch a rank may get nothing.
+
+    With ``plan.tree`` the order and the sums are those of a fixed binary tree: the sum over a list of
+    shards is that of its even places plus that of its odd ones, down to lists of odd length, which
+    are added up in turn. The sums of two ranks are the two halves of the tree, and what is the same
+    sum on one rank is the same in every bit. The price is a copy of the gradients for each sum that
+    waits for another (``shared.specs.world_sizes.waiting_sums``).
+    """
+    shards = list(enumerate(virtual_shards(batch, plan)))
+    if not plan.tree:
+        own = shards[rank :: plan.ranks]
+        return [MicroBatch(number, part) for number, part in own if len(part)]
+    # The places of a tree that is cut short stay where they are in the whole one.
+    empty = [(number, batch[:0]) for number in range(len(shards), plan.shards)]
+    return _tree((shards + empty)[rank :: plan.ranks])
+
+
+def _tree(shards: Sequence[tuple[int, Indices]]) -> list[MicroBatch]:
+    if len(shards) % 2 or len(shards) == 2:
+        return [MicroBatch(number, part) for number, part in shards if len(part)]
+    even, odd = _tree(shards[::2]), _tree(shards[1::2])
+    if even and odd:
+        odd[0] = replace(odd[0], apart=True)
+        odd[-1] = replace(odd[-1], joins=odd[-1].joins + 1)
+    return even + odd
+
+
+def same_bits(one: int, other: int) -> bool:
+    """Whether a training in a tree comes to the same weights in every bit on two world sizes: sums of
+    two are the same in either order, and how a backend adds up those of more ranks is its own affair."""
+    return one == other or max(one, other) <= 2

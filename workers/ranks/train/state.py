@@ -21,6 +21,7 @@ from shared.specs import TrainSpec
 from workers.ranks.checkpoint import CheckpointDamaged, read, read_state
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
+from workers.ranks.train.order import same_bits
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.stopping import Best
 
@@ -147,12 +148,14 @@ def resume(
                     step=checkpoint.step,
                 )
                 continue
-            if state["world_size"] != gang.world_size:
+            if (before := state["world_size"]) != gang.world_size:
+                same = assignment.spec.elastic and same_bits(before, gang.world_size)
                 reporter.notice(
                     "world_size_changed",
-                    f"the checkpoint of step {checkpoint.step} was made by {state['world_size']} "
-                    f"rank(s) and is continued by {gang.world_size}: the result is as good, and "
-                    "not bitwise the same",
+                    f"the checkpoint of step {checkpoint.step} was made by {before} rank(s) and is "
+                    f"continued by {gang.world_size}: the global batch stays what it is, and the "
+                    "result is "
+                    + ("the same" if same else "the same but for rounding, in the last bits"),
                 )
             chosen = {"index": index, "position": state["position"]}
             break

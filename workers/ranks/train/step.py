@@ -1,7 +1,8 @@
 """One update: forward and backward over a global batch, agree with the other ranks, and move the weights.
 
-Randomness is reseeded for every micro-batch from (seed, step, rank, micro-batch), so a step that is
-computed again after a crash is bitwise the step that was computed before, on the same world size.
+Randomness is reseeded for every micro-batch from (seed, step, virtual shard), so a step that is computed
+again after a crash is bitwise the step that was computed before: on the same world size, and on one
+and two ranks alike where gradients are added up in a tree (``order.micro_batches``).
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from transformers import PreTrainedModel
 
 from shared.lifecycle import FailureClass
 from shared.specs import Hyperparameters
+from workers.ranks.train.accumulate import GradientSums
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.optimizer import add_l1, regularised
-from workers.ranks.train.order import BatchPlan, Indices, derive, micro_batches
+from workers.ranks.train.order import BatchPlan, Indices, MicroBatch, derive, micro_batches
 from workers.ranks.train.parallel import parallelise, warm_up_batch
 from workers.ranks.train.schedule import Schedule
 from workers.ranks.train.tasks.base import Objective
@@ -72,6 +74,7 @@ class Stepper:
         self._gang = gang
         warm_up = warm_up_batch(objective, training, plan, compute)
         self._wrapped = parallelise(objective, model, warm_up, compute, gang)
+        self._sums = GradientSums(self._trained, self._wrapped, plan)
 
     def step(self, step: int, indices: Indices, signals: Sequence[float]) -> Update:
         """One update from one global batch. ``signals`` go with the step's all-reduce, so that all
@@ -86,22 +89,26 @@ class Stepper:
         """
         weight = max(1, int(self._training.weights[indices].sum()))
         masks = derive(self._options.seed, "masks", step)
-        loss = torch.zeros((), device=self._compute.device)
+        # Not in fp32: in which order losses are added up is to leave no trace.
+        loss = torch.zeros((), dtype=torch.float64, device=self._compute.device)
         tokens = 0
-        parts = micro_batches(indices, self._plan, self._gang.rank)
-        for number, part in enumerate(parts):
-            last = number + 1 == len(parts)
-            # A rank with nothing left to do of a partial batch computes some example for nothing:
-            # the others wait for it in this step's all-reduce.
-            chosen = part if len(part) else indices[:1]
-            batch = self._objective.batch(self._training, chosen, masks).to(self._compute.device)
-            self._compute.seed(derive(self._options.seed, "dropout", step, self._gang.rank, number))
+        own = micro_batches(indices, self._plan, self._gang.rank)
+        # A rank with nothing to do of a partial batch computes some example for nothing: the others
+        # wait for it in this step's all-reduce.
+        parts = own or [MicroBatch(self._gang.rank, indices[:1])]
+        for part in parts:
+            last = part is parts[-1]
+            batch = self._objective.batch(self._training, part.indices, masks)
+            batch = batch.to(self._compute.device)
+            self._compute.seed(derive(self._options.seed, "dropout", step, part.shard))
+            self._sums.before(part)
             with nullcontext() if last else self._without_sync():
-                total = self._objective.loss(self._wrapped, batch, self._compute) * (len(part) > 0)
+                total = self._objective.loss(self._wrapped, batch, self._compute) * bool(own)
                 scaled = total * (self._gang.world_size / weight)
                 scaled.backward()  # type: ignore[no-untyped-call]
+            self._sums.after(part, last=last)
             loss += total.detach()
-            tokens += batch.tokens if len(part) else 0
+            tokens += batch.tokens if own else 0
         if self._options.l1:
             # A rank's gradients are those of the gang by now, and so is what is added to them.
             add_l1(self._regularised, self._options.l1)
