@@ -77,8 +77,10 @@ def fleets(draw: st.DrawFn, most: int = 9) -> list[DeviceState]:
 @st.composite
 def requirements(draw: st.DrawFn) -> Requirements:
     accelerator = draw(st.sampled_from(["auto", "auto", "cpu", "cuda"]))
+    sizes = draw(st.sampled_from([(1,), (1,), (1,), (2,), (3,), (4,), (1, 2), (1, 3), (2, 4, 8)]))
     return needs(
-        devices=draw(st.sampled_from([1, 1, 1, 2, 3, 4])),
+        devices=sizes[0],
+        world_sizes=sizes if len(sizes) > 1 else (),
         accelerator=accelerator,
         memory_bytes=draw(st.sampled_from([0, 1, 8, 10, 16, 40, 80, 200])) * GIB,
         compute_capability=draw(st.sampled_from([0, 0, 75, 80, 90])),

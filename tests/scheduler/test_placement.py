@@ -33,7 +33,8 @@ def test_no_overbooking_and_all_or_nothing(
             continue
         asked = waiting_job.requirements
         chosen = [by_id[id] for id in decision.devices]
-        assert len(chosen) == len(decision.queues) == asked.devices
+        assert len(chosen) == len(decision.queues)
+        assert len(chosen) in (asked.world_sizes or (asked.devices,))
         assert all(d.live and d.known and not d.busy for d in chosen)
         assert all(fits(asked, d.capability) is None for d in chosen)
         assert len({(d.capability.accelerator, d.simulated) for d in chosen}) == 1
@@ -87,12 +88,35 @@ def test_the_least_capable_class_that_is_free_and_fits(
     asked = jobs[0].requirements
     free = [d for d in eligible_devices(asked, devices) if d.live and not d.busy]
     decision = place(devices, jobs[:1]).decisions[jobs[0].id]
-    if asked.devices > 1:
+    if asked.devices > 1 or asked.world_sizes:
         return
     assert isinstance(decision, Placement) == bool(free)
     if isinstance(decision, Placement):
         chosen = next(d for d in free if d.id == decision.devices[0])
         assert chosen.capability.rank == min(d.capability.rank for d in free)
+
+
+@given(**worlds)
+def test_a_gang_that_may_have_different_sizes_is_as_large_as_can_be(
+    devices: list[DeviceState], jobs: list[WaitingJob]
+) -> None:
+    """Of the first job, as one of each fixed size would be placed."""
+    for first in jobs[:1]:
+        asked = first.requirements
+        found = place(devices, [first]).decisions[first.id]
+        fixed = {
+            size: place(devices, [job("fixed", replaced)]).placements
+            for size in asked.world_sizes or (asked.devices,)
+            for replaced in [asked.model_copy(update={"devices": size, "world_sizes": ()})]
+        }
+        runs = [size for size, placements in fixed.items() if placements]
+        if not isinstance(found, Placement):
+            assert asked.devices not in runs
+        elif runs and runs[-1] <= len(found.devices):
+            assert len(found.devices) == runs[-1]
+        else:  # a fixed one of that size mixes classes, which one that can be smaller does not
+            classes = {d.capability.rank for d in devices if d.id in found.devices}
+            assert len(classes) == 1
 
 
 @given(devices=fleets(), jobs=queues(), small=st.integers(1, 3))
@@ -245,3 +269,41 @@ def test_cpu_slots_of_unlike_memory_get_their_own_hints() -> None:
 def test_devices_are_numbered_as_people_count() -> None:
     devices = [device(f"gpu{i}@a") for i in (10, 2, 1)]
     assert placed(devices, job("x", needs(devices=3)))["x"] == ("gpu1@a", "gpu2@a", "gpu10@a")
+
+
+ELASTIC = needs(devices=2, world_sizes=(2, 4))
+
+
+def test_a_range_starts_with_what_is_free() -> None:
+    devices = fleet("4xA100")
+    plan = place(devices, [job("x", ELASTIC)])
+    assert len(plan.placements["x"].devices) == 4
+    assert plan.placements["x"].reason.startswith(
+        "4 of 2 to 4 devices, 4 being free; cuda.sm80.80g"
+    )
+    devices[0] = replace(devices[0], busy=True)
+    plan = place(devices, [job("x", ELASTIC), job("small", age=1)])
+    assert plan.placements["x"].devices == ("a100-1@a", "a100-2@a"), "three do not divide the batch"
+    assert plan.placements["x"].reason.startswith("2 of 2 to 4 devices, 3 being free; ")
+    assert plan.placements["small"].devices == ("a100-3@a",)
+
+
+def test_a_range_waits_for_its_fewest_and_withholds_no_more() -> None:
+    devices = [*fleet("1xA100"), *fleet("3xA100", host="b", busy=True)]
+    plan = place(devices, [job("x", ELASTIC), job("small", age=1)])
+    assert plan.waiting["x"] == ("waits for 1 of 2 devices of class cuda.sm80.80g: 1 free, 3 busy")
+    assert plan.decisions["x"].withheld == ("a100-0@a",)  # type: ignore[union-attr]
+    assert "small" in plan.waiting
+    two_free = [*devices, *fleet("1xA100", host="c")]
+    assert len(place(two_free, [job("x", ELASTIC)]).placements["x"].devices) == 2
+
+
+def test_a_range_prefers_many_devices_to_weak_ones() -> None:
+    devices = [*fleet("2xT4"), *fleet("4xA100")]
+    found = placed(devices, job("x", ELASTIC), job("rest", ELASTIC, age=1))
+    assert {id.partition("-")[0] for id in found["x"]} == {"a100"} and len(found["x"]) == 4
+    assert found["rest"] == ("t4-0@a", "t4-1@a")
+
+
+def test_a_range_beyond_the_fleet_is_beyond_it_by_its_fewest() -> None:
+    assert "needs 2 devices, the fleet has 1" in reason(fleet("1xA100"), job("x", ELASTIC))
