@@ -20,9 +20,10 @@ import pytest
 from celery import Celery
 
 from scheduler.loop import Scheduler
+from scheduler.submission.requirements import asked
 from shared.broker import celery_config
 from shared.lifecycle import JobState
-from shared.resolved import Requirements, Resolved, ResolvedInput, ResolvedModel
+from shared.resolved import Resolved, ResolvedInput, ResolvedModel
 from shared.rows import cut_into_shards, unpack_results
 from shared.settings import Settings
 from shared.specs import parse_spec
@@ -31,6 +32,8 @@ from shared.store.cancel import cancel_job
 from shared.store.submit import insert_job, new_job_id
 from shared.tables import Attempt, Event, Job
 from tests.stack import eventually
+from workers.host import host_tag
+from workers.sweep import TREE_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 FAST = {
@@ -79,11 +82,19 @@ class Fleet:
     # --- processes ----------------------------------------------------------------------------
 
     def start_host(
-        self, name: str = "one", *options: str, real: bool = False, devices: int = 1
+        self,
+        name: str = "one",
+        *options: str,
+        real: bool = False,
+        devices: int = 1,
+        inside: Sequence[str] = (),
+        **settings: str,
     ) -> subprocess.Popen[bytes]:
         """A host manager; by default with one CPU slot and stand-in ranks. Waits until so
-        many ``devices`` are up."""
+        many ``devices`` are up. ``inside``: a command that runs it, in a network of its own."""
+        own = {f"GPUYARD_{name.upper()}": value for name, value in settings.items()}
         command = [
+            *inside,
             sys.executable,
             "-m",
             "workers",
@@ -95,7 +106,7 @@ class Fleet:
             host = subprocess.Popen(
                 [*command, *(() if real else STAND_INS)],
                 cwd=ROOT,
-                env=self.environment,
+                env={**self.environment, **own},
                 stdout=out,
                 stderr=out,
                 start_new_session=True,
@@ -119,6 +130,16 @@ class Fleet:
         host = self.hosts[name]
         host.send_signal(signal.SIGTERM)
         return host.wait(within)
+
+    def lose_host(self, name: str) -> None:
+        """SIGKILL to the manager and everything below it, as when the power fails."""
+        self.hosts[name].kill()
+        tag = f"{TREE_VARIABLE}={host_tag(self.data, name)}".encode()
+        for pid in self.processes():
+            with suppress(OSError):
+                if tag in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    os.kill(pid, signal.SIGKILL)
+        self.hosts[name].wait(10)
 
     def worker_pid(self, device: str) -> int:
         """The process that serves the device now."""
@@ -199,7 +220,7 @@ class Fleet:
         parsed = parse_spec({"model": "tiny", "retry": retry, **spec})
         resolved = Resolved(
             model=ResolvedModel(source="folder", path=model, label="tiny"),
-            requirements=Requirements(devices=parsed.resources.devices, accelerator="auto"),
+            requirements=asked(parsed),
             inputs=inputs,
         )
         shards = [] if shards_of is None else list(cut_into_shards(shards_of, parsed.shard_rows))
