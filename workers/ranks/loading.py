@@ -46,6 +46,7 @@ __all__ = [
     "load_sequence_classifier",
     "load_token_classifier",
     "load_tokenizer",
+    "override_dropout",
     "quiet",
 ]
 
@@ -103,7 +104,7 @@ def load_sequence_classifier(
         _name_labels(config, labels)
         config.problem_type = problem
     if dropout is not None:
-        _override_dropout(config, dropout)
+        override_dropout(config, dropout)
     auto = AutoModelForSequenceClassification
     return _load_classifier(auto, folder, config, dtype, seed, other_size=labels is not None)
 
@@ -125,7 +126,7 @@ def load_token_classifier(
     if labels is not None:
         _name_labels(config, labels)
     if dropout is not None:
-        _override_dropout(config, dropout)
+        override_dropout(config, dropout)
     auto = AutoModelForTokenClassification
     return _load_classifier(auto, folder, config, dtype, seed, other_size=labels is not None)
 
@@ -160,7 +161,7 @@ def load_causal_lm(
     folder = inspect_folder(path)
     config = _load_config(folder)
     if dropout is not None:
-        _override_dropout(config, dropout)
+        override_dropout(config, dropout)
     model, info = _load_model(AutoModelForCausalLM, folder, config=config, dtype=dtype)
     _refuse_missing(folder, sorted(info["missing_keys"]))
     return model
@@ -187,7 +188,7 @@ def load_masked_lm(
     folder = inspect_folder(path)
     config = _load_config(folder)
     if dropout is not None:
-        _override_dropout(config, dropout)
+        override_dropout(config, dropout)
     with _seeded(seed):
         model, info = _load_model(AutoModelForMaskedLM, folder, config=config, dtype=dtype)
     missing = sorted(info["missing_keys"])
@@ -215,7 +216,7 @@ def load_encoder(
     folder = inspect_folder(path)
     config = _load_config(folder)
     if dropout is not None:
-        _override_dropout(config, dropout)
+        override_dropout(config, dropout)
     with _seeded(0):
         model, info = _load_model(AutoModel, folder, config=config, dtype=dtype)
     missing = sorted(info["missing_keys"])
@@ -234,7 +235,7 @@ def load_seq2seq(
     folder = inspect_folder(path)
     config = _load_config(folder)
     if dropout is not None:
-        _override_dropout(config, dropout)
+        override_dropout(config, dropout)
     model, info = _load_model(AutoModelForSeq2SeqLM, folder, config=config, dtype=dtype)
     _refuse_missing(folder, sorted(info["missing_keys"]))
     return model
@@ -384,7 +385,8 @@ def _refuse_missing(folder: Path, names: Sequence[str]) -> None:
         )
 
 
-def _override_dropout(config: PreTrainedConfig, value: float) -> None:
+def override_dropout(config: PreTrainedConfig, value: float) -> None:
+    """Set every dropout probability of a model's config."""
     for name, old in config.to_dict().items():
         # LayerDrop skips whole layers: that is another thing.
         if "drop" not in name or "layerdrop" in name:
