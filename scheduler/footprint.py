@@ -1,10 +1,12 @@
 """How much memory a rank needs: arithmetic on the model's shape, for admission within microseconds.
 
-Training follows the closed formula of what PyTorch keeps (weights, gradients, the optimizer's state,
-what backward needs of each layer); measured against the truth it lies 11 to 15% high, which is the
-right side. Generation is weights, keys and values of every row, and logits. Everything is in bytes.
-Nothing is read here: ``scheduler/submission/models.py`` reads ``config.json`` and the headers of the
-weight files into a ``ModelShape``.
+Training is a sum of what PyTorch keeps: weights, the optimizer's state, and gradients or what backward
+needs of each layer, whichever is more (gradients come as the rest goes; see ``training_bytes``). Its
+coefficients were fitted to what ``workers/ranks/footprint`` counts, over sizes of each family of models;
+docs/performance.md has what the sums come to against real trainings. Generation is weights, keys and
+values of every row, and logits. Everything is in bytes. Nothing is read here:
+``scheduler/submission/models.py`` reads ``config.json`` and the headers of the weight files into a
+``ModelShape``.
 """
 
 from __future__ import annotations
@@ -12,11 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from shared.specs import GENERATIVE, PACKED_LENGTH, InferSpec, TrainSpec
+from shared.footprint import RUNTIME, Configuration
+from shared.specs import GENERATIVE, PACKED_LENGTH, SEQ2SEQ, InferSpec, TrainSpec
 
 MIB = 1024**2
-RUNTIME = 512 * MIB
-"""What a process with torch takes before the first tensor: libraries, CUDA context, allocator."""
 FP32, BF16 = 4, 2
 WIDENED = 8 * 1024 * MIB
 BYTES_PER_TOKEN = 3
@@ -48,6 +49,7 @@ class ModelShape:
     positions: int
     """Tokens the model can see."""
     gated_mlp: bool = False
+    attention_dropout: bool = False
 
     @property
     def parameters(self) -> int:
@@ -69,54 +71,143 @@ class ModelShape:
         )
 
 
-def training_bytes(shape: ModelShape, spec: TrainSpec, longest_text: int | None) -> int:
-    """Peak of one rank: ``4P`` weights, ``4T`` gradients, ``8T`` for the two moments of AdamW (or what
-    another optimizer keeps), activations, runtime.
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What backward keeps of a layer, for each token: so many tensors of the hidden size, of the MLP's
+    inner size and, where attention is not fused, of heads times length. Those of one layer that exist
+    for a moment are in it. Of an encoder-decoder it is the mean over both."""
 
-    ``P`` is all parameters and ``T`` the trainable ones. Per token and layer, backward keeps about
-    ten hidden-sized tensors (norms, q, k, v, attention, dropout, residuals) and two of the MLP's
-    inner size, three where it is gated; attention itself is recomputed in blocks (SDPA). A language
-    model also keeps what its loss is made of, for every token and word of its vocabulary.
+    hidden: float
+    inner: float
+    attention: float
 
-    Args:
-        shape: The model.
-        spec: Gives optimizer, micro-batch, freezing, maximum length and precision.
-        longest_text: Bytes of the longest text of the data; None: unknown, so the maximum length.
+
+_WHOLE = {
+    "encoder": _Kept(9.5, 2.4, 3.0),
+    "decoder": _Kept(9.4, 5.3, 3.0),
+    "gated": _Kept(8.4, 4.3, 3.0),
+    "t5": _Kept(16.0, 3.0, 4.5),
+    "seq2seq": _Kept(14.0, 2.1, 4.5),
+}
+_FROZEN = {
+    "encoder": _Kept(6.0, 1.5, 3.0),
+    "decoder": _Kept(6.7, 4.75, 3.0),
+    "gated": _Kept(3.6, 3.75, 3.0),
+    "t5": _Kept(10.5, 2.15, 4.5),
+    "seq2seq": _Kept(9.5, 1.5, 4.5),
+}
+"""With LoRA: a layer whose weights are frozen need not know what it was given."""
+_T5 = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
+"""Their attention has a bias of its own and is never fused."""
+_EMBEDDED = 4.5
+"""Tensors of the hidden size outside of the layers, for each token."""
+_BF16_HIDDEN = 1.6
+"""A layer's hidden-sized tensors in bf16 take so many times half: norms and residuals stay fp32."""
+_TEACHING = 4.8
+"""Further tensors of the size of the logits: a teacher's, softened, and their gradient."""
+EVALUATED_TOGETHER = 16
+"""Rows of an evaluation's batch, at least."""
+
+
+def training_bytes(
+    shape: ModelShape, asked: Configuration, teacher: ModelShape | None = None
+) -> int:
+    """Peak of one rank: ``4P`` weights, ``8T`` for the two moments of AdamW (or what another optimizer
+    keeps), a teacher's weights, runtime; and the most of what comes and goes.
+
+    ``P`` is all parameters and ``T`` the trainable ones. What comes and goes is activations, until
+    backward has made ``4T`` of gradients of them: the larger of both, or their sum where the gradients
+    stay from one micro-batch to the next, or in DDP's buckets. Precision ``auto`` counts as what takes
+    more.
     """
-    options = spec.hyperparameters
-    rows, waiting = spec.world_sizes.micro_batch, spec.world_sizes.waiting_sums
-    if spec.preference is not None:  # both answers; the reference is computed before training
-        rows *= 2
-    if options.packing:  # every block is full, however short the texts are
-        length = sequence_length(shape, None, options.max_length or PACKED_LENGTH)
-    else:
-        length = sequence_length(shape, longest_text, options.max_length)
-    element = BF16 if options.precision == "bf16" else FP32
-    trainable = lora_elements(shape, spec) or shape.trainable(options.freeze)
-    per_token = 10 * shape.hidden + (3 if shape.gated_mlp else 2) * shape.intermediate
-    activations = shape.layers * rows * length * per_token * element
-    embeddings = rows * length * shape.hidden * element * 2
-    logits = rows * length * _logits_bytes(shape, spec.task)
-    if spec.task == "embeddings":  # both texts of a pair go through the model together
-        activations, embeddings = 2 * activations, 2 * embeddings
-    updating = FP32 * trainable * (1 + waiting) + _optimizer_bytes(
-        shape, options.optimizer, trainable
+    trainable = lora_elements(shape, asked.spec) or shape.trainable(
+        asked.spec.hyperparameters.freeze
     )
-    return FP32 * shape.parameters + updating + activations + embeddings + logits + RUNTIME
+    kept, passing = _optimizer_bytes(shape, asked.spec.hyperparameters.optimizer, trainable)
+    gradients = FP32 * trainable
+    precision = asked.spec.hyperparameters.precision
+    passes = max(
+        _activations(shape, asked, half=half)
+        for half in (False, True)
+        if precision == "auto" or half == (precision == "bf16")
+    )
+    if asked.gradients_stay:
+        passing += gradients
+        comes_and_goes = max(gradients + passes, passing)
+    else:
+        comes_and_goes = max(passes, gradients + passing)
+    if asked.evaluates:
+        comes_and_goes = max(comes_and_goes, _evaluation(shape, asked))
+    taught = 0 if teacher is None else FP32 * teacher.parameters
+    return round(FP32 * shape.parameters + kept + taught + comes_and_goes) + RUNTIME
 
 
-def _optimizer_bytes(shape: ModelShape, optimizer: str, trainable: int) -> int:
-    kept = STATE_BYTES[optimizer] * trainable
+def _optimizer_bytes(shape: ModelShape, optimizer: str, trainable: int) -> tuple[int, int]:
+    """(what it keeps, what it holds for a moment)."""
+    passing = 0
     if optimizer == "adafactor":
         largest = max((elements for _, elements in shape.tensors), default=0)
-        kept += ADAFACTOR_PASSING * FP32 * min(largest, trainable)
-    return kept
+        passing = ADAFACTOR_PASSING * FP32 * min(largest, trainable)
+    return STATE_BYTES[optimizer] * trainable, passing
 
 
-def teaching_bytes(teacher: ModelShape) -> int:
-    """What a teacher takes beside its student: its weights. Its activations are of one layer at a
-    time, less than what the student's backward keeps."""
-    return FP32 * teacher.parameters
+def _activations(shape: ModelShape, asked: Configuration, *, half: bool) -> float:
+    """What a micro-batch leaves for backward, at the moment at which it is most."""
+    spec = asked.spec
+    tokens = asked.rows * asked.length
+    if spec.task == "embeddings":  # both texts of a pair go through the model together
+        tokens *= 2
+    element = BF16 if half else FP32
+    kept = (_FROZEN if spec.method == "lora" else _WHOLE)[_family(shape, spec.task)]
+    hidden = kept.hidden * (_BF16_HIDDEN if half else 1)
+    layer = hidden * shape.hidden + kept.inner * shape.intermediate
+    if not _fused(shape, asked):
+        layer += kept.attention * shape.heads * asked.length
+    total = tokens * (shape.layers * layer * element + _EMBEDDED * shape.hidden * FP32)
+    if half:  # copies of the matrices, kept for backward
+        total += BF16 * max(0, shape.parameters - shape.vocabulary * shape.hidden)
+    return total + tokens * FP32 * shape.vocabulary * _logits(asked)
+
+
+def _logits(asked: Configuration) -> float:
+    """Tensors of the size of the vocabulary, for each token: logits, their log-softmax, gradients."""
+    spec = asked.spec
+    taught = _TEACHING if spec.method == "distillation" else 0.0
+    if spec.task in GENERATIVE:
+        return 3 + taught
+    if spec.task == "fill-mask":  # only of the masked ones is there more than the logits' gradient
+        return 2 + spec.hyperparameters.mask_probability * (1 + taught)
+    return 0
+
+
+def _evaluation(shape: ModelShape, asked: Configuration) -> float:
+    """One layer's activations and the logits, of the rows that are evaluated together."""
+    tokens = max(EVALUATED_TOGETHER, asked.rows) * asked.length
+    per_token = 10 * shape.hidden + 3 * shape.intermediate
+    if not _fused(shape, asked):
+        per_token += 2 * shape.heads * asked.length
+    logits = 3 * shape.vocabulary if _logits(asked) else 0
+    return tokens * FP32 * (per_token + logits)
+
+
+def _fused(shape: ModelShape, asked: Configuration) -> bool:
+    """Whether attention keeps nothing of the size of length times length. The CPU's fused kernel has no
+    dropout."""
+    if shape.model_type in _T5:
+        return False
+    dropout = asked.spec.hyperparameters.dropout
+    drops = shape.attention_dropout if dropout is None else dropout > 0
+    return asked.device == "cuda" or not drops
+
+
+def _family(shape: ModelShape, task: str) -> str:
+    if shape.model_type in _T5:
+        return "t5"
+    if task in SEQ2SEQ:
+        return "seq2seq"
+    if shape.gated_mlp:
+        return "gated"
+    return "decoder" if task in GENERATIVE else "encoder"
 
 
 def lora_elements(shape: ModelShape, spec: TrainSpec) -> int:
@@ -128,11 +219,6 @@ def lora_elements(shape: ModelShape, spec: TrainSpec) -> int:
         return 0
     layers_named = min(7, len(spec.adaptation.targets) or 2)
     return 2 * spec.adaptation.r * shape.hidden * layers_named * shape.layers
-
-
-def _logits_bytes(shape: ModelShape, task: str) -> int:
-    """For each token of a language model: logits in fp32, their log-softmax, and its gradient."""
-    return 3 * FP32 * shape.vocabulary if task in (*GENERATIVE, "fill-mask") else 0
 
 
 def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None) -> int:
@@ -167,6 +253,15 @@ def infers_in_bf16(shape: ModelShape, spec: InferSpec) -> bool:
         return spec.precision == "bf16"
     narrow = shape.weight_bytes < 3 * shape.parameters
     return narrow and FP32 * shape.parameters > WIDENED
+
+
+def training_length(shape: ModelShape, spec: TrainSpec, longest_text: int | None) -> int:
+    """Tokens of the longest row of a training; of packed texts every block is full, however short they
+    are. ``longest_text`` is in bytes; None: unknown, so the maximum."""
+    options = spec.hyperparameters
+    if options.packing:
+        return sequence_length(shape, None, options.max_length or PACKED_LENGTH)
+    return sequence_length(shape, longest_text, options.max_length)
 
 
 def sequence_length(shape: ModelShape, longest_text: int | None, max_length: int | None) -> int:

@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from shared.specs import TrainSpec
 
-_DECIDE = ("optimizer", "freeze", "packing", "precision", "mask_probability", "dropout")
-_DECIDE_BY_BEING_THERE = ("label_smoothing", "momentum", "l1")
+RUNTIME = 512 * 1024**2
+"""What a process with torch takes before the first tensor: libraries, CUDA context, allocator."""
+_DECIDE = ("optimizer", "freeze", "packing", "precision", "mask_probability")
+_DECIDE_BY_BEING_THERE = ("label_smoothing", "momentum", "l1", "dropout")
 _NAMES = {
     *("_name_or_path", "transformers_version", "architectures", "id2label", "label2id"),
     *("torch_dtype", "dtype", "finetuning_task", "task_specific_params", "auto_map"),
@@ -68,7 +70,8 @@ def configuration(
     rows = min(options.micro_batch_size or share, share)
     kept: dict[str, Any] = {name: getattr(options, name) for name in _DECIDE}
     for name in _DECIDE_BY_BEING_THERE:
-        kept[name] = 0.5 if getattr(options, name) else 0.0
+        value = getattr(options, name)
+        kept[name] = 0.5 if value else value
     if options.optimizer != "sgd":
         del kept["momentum"]
     lora = spec.adaptation.model_dump(include={"r", "targets"}) if spec.method == "lora" else None

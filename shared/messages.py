@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from shared.footprint import Configuration
 from shared.lifecycle import FailureClass
 from shared.specs import DataFormat, InferSpec, TrainSpec
 
@@ -117,6 +118,13 @@ class InferAssignment(Message):
     input_path: str
 
 
+class Measure(Message):
+    """Say how many bytes the tensors of this configuration take. Answered by ``Measured`` or ``Failed``."""
+
+    type: Literal["measure"] = "measure"
+    configuration: Configuration
+
+
 class Shard(Message):
     """Rows ``first_row .. first_row + rows`` of the input: ``length`` bytes from ``offset``."""
 
@@ -161,10 +169,16 @@ class Preempt(Message):
 Order = Annotated[ComputeShards | JoinRendezvous | Stop | Preempt, Field(discriminator="type")]
 Assignment = Annotated[TrainAssignment | InferAssignment, Field(discriminator="type")]
 ToRank: TypeAdapter[
-    TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop | Preempt
+    TrainAssignment | InferAssignment | Measure | ComputeShards | JoinRendezvous | Stop | Preempt
 ] = TypeAdapter(
     Annotated[
-        TrainAssignment | InferAssignment | ComputeShards | JoinRendezvous | Stop | Preempt,
+        TrainAssignment
+        | InferAssignment
+        | Measure
+        | ComputeShards
+        | JoinRendezvous
+        | Stop
+        | Preempt,
         Field(discriminator="type"),
     ]
 )
@@ -255,6 +269,14 @@ class ShardComputed(Message):
     seconds: float
 
 
+class Measured(Message):
+    """All tensors of the configuration at the moment at which they are most, without the runtime."""
+
+    type: Literal["measured"] = "measured"
+    bytes: int
+    seconds: float
+
+
 class Done(Message):
     """The rank, or the attempt in the engine, has nothing left to do."""
 
@@ -283,6 +305,7 @@ Report = (
     | ArtifactWritten
     | Notice
     | ShardComputed
+    | Measured
     | Done
     | Failed
 )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
+from shared.footprint import Configuration
 from shared.specs import Accelerator, DataFormat, Feature
 
 
@@ -24,7 +25,10 @@ class Requirements(BaseModel):
     """Times ten: 80 for sm80; 0 for any."""
     features: tuple[Feature, ...] = ()
     memory_is_estimate: bool = True
-    """Whether the footprint estimate gave ``memory_bytes``, not the user."""
+    """Whether the footprint gave ``memory_bytes``, not the user."""
+    memory_from: Literal["user", "estimate", "measured", "remembered"] = "estimate"
+    """How it was found: what the user asked, arithmetic, a measurement without weights, or the peaks of
+    earlier trainings."""
 
     def most_of(self, free: int) -> int:
         """The most devices, of so many that are free, that an attempt can run on; 0: too few."""
@@ -57,5 +61,9 @@ class Resolved(BaseModel):
     model: ResolvedModel
     teacher: ResolvedModel | None = None
     requirements: Requirements
+    configuration: Configuration | None = Field(None, exclude=True)
+    """Of a training, as far as its memory goes. Kept with what is known about it, not in the job."""
+    estimated_bytes: int | None = Field(None, exclude=True)
+    """What arithmetic says to it."""
     inputs: dict[str, ResolvedInput]
     """``train`` and ``validation``, or ``input``; none of a dataset that is made where the job runs."""

@@ -97,6 +97,56 @@ class File(Table, table=True):
     created_at: datetime = Field(default=None, sa_column=_time(nullable=False, now=True))
 
 
+class Footprint(Table, table=True):
+    """What is known about the memory of a configuration of trainings, by rank, in bytes.
+
+    States: wanted, until a worker claims it (``claim_measurement``); measuring, until that worker says
+    measured or failed (``record_measurement``, ``fail_measurement``), or its claim expires and another
+    one claims it. Measured and failed are final. The other figures come at any time.
+    """
+
+    __tablename__ = "footprints"
+    __table_args__ = (
+        CheckConstraint("state IN ('wanted', 'measuring', 'measured', 'failed')", name="state"),
+        CheckConstraint(
+            "(measured_bytes IS NOT NULL) = (state = 'measured')", name="measured_iff_known"
+        ),
+        CheckConstraint("(error IS NOT NULL) = (state = 'failed')", name="failed_says_why"),
+        CheckConstraint(
+            "(claimed_by IS NOT NULL) = (state = 'measuring')"
+            " AND (claimed_at IS NOT NULL) = (state = 'measuring')",
+            name="claimed_iff_measuring",
+        ),
+        CheckConstraint(
+            "estimated_bytes > 0 AND measured_bytes > 0 AND peak_bytes > 0"
+            " AND exceeded_bytes > 0 AND tries >= 0",
+            name="numbers",
+        ),
+        Index(
+            "ix_footprints_open",
+            "created_at",
+            postgresql_where=text("state IN ('wanted', 'measuring')"),
+        ),
+    )
+    key: str = Field(sa_column=_text(primary_key=True))
+    configuration: dict[str, Any] = Field(sa_column=_json())
+    """``shared.footprint.Configuration``."""
+    estimated_bytes: int = Field(sa_column=_big())
+    """By arithmetic, when it was submitted first."""
+    measured_bytes: int | None = Field(default=None, sa_column=_big(nullable=True))
+    peak_bytes: int | None = Field(default=None, sa_column=_big(nullable=True))
+    """The most that a rank of a training that succeeded took."""
+    exceeded_bytes: int | None = Field(default=None, sa_column=_big(nullable=True))
+    """The largest device that was too small."""
+    state: str = Field(default="wanted", sa_column=_text(server_default="wanted"))
+    tries: int = Field(default=0, sa_column=_big(default=0))
+    """How often it was claimed."""
+    claimed_by: str | None = Field(default=None, sa_column=_text(nullable=True))
+    claimed_at: datetime | None = Field(default=None, sa_column=_time())
+    error: str | None = Field(default=None, sa_column=_text(nullable=True))
+    created_at: datetime = Field(default=None, sa_column=_time(nullable=False, now=True))
+
+
 class Job(Table, table=True):
     __tablename__ = "jobs"
     __table_args__ = (
@@ -128,6 +178,11 @@ class Job(Table, table=True):
             postgresql_where=text("state = 'queued'"),
         ),
         Index("ix_jobs_state_id", "state", "id"),
+        Index(
+            "ix_jobs_waiting_footprint",
+            "footprint_key",
+            postgresql_where=text("state = 'queued'"),
+        ),
     )
     id: str = Field(sa_column=_text(primary_key=True))
     kind: str = Field(sa_column=_text())
@@ -138,6 +193,10 @@ class Job(Table, table=True):
     """As validated, defaults filled in."""
     resolved: dict[str, Any] = Field(sa_column=_json())
     """What submission found: ``shared.resolved.Resolved``."""
+    footprint_key: str | None = Field(
+        default=None, sa_column=_ref("footprints.key", nullable=True, cascade=False)
+    )
+    """Of a training: where it is kept what is known about its memory."""
     priority: int = 0
     token: int = Field(default=0, sa_column=_big(default=0))
     """The fencing token of the newest attempt; rises by one with each."""

@@ -49,7 +49,7 @@ def launch(
     timeout: float = 60.0,
     abandoned_grace: float = 2.0,
 ) -> RankProcess:
-    """Start a rank of ``kind`` ("train", "engine") with ``env`` added to its environment.
+    """Start a rank of ``kind`` ("train", "engine", "measure") with ``env`` added to its environment.
 
     Waits up to ``timeout`` seconds for a nursery that is not up (yet). The rank has
     ``abandoned_grace`` seconds between SIGTERM and SIGKILL should this process die.

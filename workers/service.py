@@ -1,7 +1,8 @@
 """What one device's worker process does beside Celery: registers, is alive, runs hints, drains.
 
 Celery calls ``run_hint`` in its pool thread and ``cancel_tasks`` for a revoke; nothing here knows
-Celery. Threads: heartbeat and housekeeping; wake-ups from Postgres; cancels that were asked for.
+Celery. Threads: heartbeat and housekeeping; wake-ups from Postgres; cancels that were asked for;
+measuring what configurations need.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from workers.attempt.site import Site
 from workers.engine_host import WarmEngine
 from workers.inventory import LocalDevice
 from workers.leftovers import end_left_overs
+from workers.measuring import Measuring
 from workers.tree import unix_address
 
 log = logging.getLogger(__name__)
@@ -60,6 +62,7 @@ class DeviceService:
         self._closing = threading.Event()
         self._give_up = threading.Event()
         self._cancels: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._measuring = Measuring(self.store, device.id, nursery, folder, self._closing)
         self.on_replaced: Callable[[], None] = self.hurry
         """Called when another process serves the device now: this one has to end."""
 
@@ -79,7 +82,7 @@ class DeviceService:
         self._site = Site(
             self.settings, self.store, self.device, worker_id, self._nursery, self._engine
         )
-        for target in (self._beat, self._listen, self._carry_out_cancels):
+        for target in (self._beat, self._listen, self._carry_out_cancels, self._measuring.run):
             threading.Thread(target=target, name=target.__name__, daemon=True).start()
         log.info("serves %s (%s)", self.device.facts.model, self.device.facts.capability.queue)
 
@@ -148,6 +151,7 @@ class DeviceService:
                 self._idle_within(self.settings.end_grace + 10.0, None)
         self._closing.set()
         self._engine.end()
+        self._measuring.wait()
         self._try(end_worker)
 
     def hurry(self) -> None:

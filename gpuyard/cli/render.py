@@ -222,6 +222,13 @@ def job_fields(job: JobDetail) -> Table:
     )  # fmt: skip
 
 
+_FOUND = {
+    "estimate": ", estimated",
+    "measured": ", measured without weights",
+    "remembered": ", remembered from earlier runs",
+}
+
+
 def needs(requirements: dict[str, Any]) -> str:
     """Requirements in words, those that ask for something."""
     least = requirements.get("devices") or 1
@@ -230,8 +237,8 @@ def needs(requirements: dict[str, Any]) -> str:
     if requirements.get("accelerator") not in (None, "auto"):
         parts.append(str(requirements["accelerator"]))
     if memory := requirements.get("memory_bytes"):
-        estimated = ", estimated" if requirements.get("memory_is_estimate") else ""
-        parts.append(f"{size(memory)} each{estimated}")
+        found = _FOUND.get(str(requirements.get("memory_from")), "")
+        parts.append(f"{size(memory)} each{found}")
     if capability := requirements.get("compute_capability"):
         parts.append(f"compute capability {capability / 10:g}")
     parts += requirements.get("features") or []
@@ -246,8 +253,10 @@ def summary(job: JobView) -> str:
         for name, value in came_to.items()
         if isinstance(value, int | float | str)
         and not isinstance(value, bool)
-        and name != "done"  # of a batch job that ended well: all rows
+        and name not in ("done", "peak_memory_bytes")  # of a batch job that ended well: all rows
     ]
+    if peak := came_to.get("peak_memory_bytes"):
+        parts.append(f"peak memory {size(peak)}")
     if came_to.get("stopped_early"):
         parts.append("stopped early")
     if best := came_to.get("best"):

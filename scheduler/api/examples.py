@@ -89,6 +89,7 @@ JOB: dict[str, Any] = {
         "accelerator": "auto",
         "memory_bytes": 1_073_741_824,
         "memory_is_estimate": True,
+        "memory_from": "measured",
         "compute_capability": 0,
         "features": [],
     },

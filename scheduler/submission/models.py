@@ -51,6 +51,8 @@ class FoundModel:
     shape: ModelShape | None
     labels: tuple[str, ...] | None = None
     """The names that its config has for its classes."""
+    config: dict[str, Any] | None = None
+    """Its ``config.json``, if it has one already."""
 
 
 def resolve_model(store: Store, settings: Settings, spec: TrainSpec | InferSpec) -> FoundModel:
@@ -223,7 +225,7 @@ def _inspect(folder: Path, label: str, source: Any, wanted: _Wanted) -> FoundMod
     tensors, stored = read_tensors(folder, name)
     shape = _shape(config, tensors, stored)
     where = ResolvedModel(source=source, path=str(folder), label=label, parameters=shape.parameters)
-    return FoundModel(where, shape, labels=_labels(config))
+    return FoundModel(where, shape, labels=_labels(config), config=config)
 
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -296,4 +298,8 @@ def _shape(config: dict[str, Any], tensors: tuple[tuple[str, int], ...], stored:
             "max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", default=4096
         ),
         gated_mlp=any(name.endswith("gate_proj.weight") for name, _ in tensors),
+        attention_dropout=any(
+            isinstance(value := config.get(name), int | float) and value > 0
+            for name in ("attention_probs_dropout_prob", "attn_pdrop", "attention_dropout")
+        ),
     )

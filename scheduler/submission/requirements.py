@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from scheduler import matching
-from scheduler.footprint import (
-    ModelShape,
-    inference_bytes,
-    infers_in_bf16,
-    teaching_bytes,
-    training_bytes,
-)
+from scheduler.footprint import ModelShape, infers_in_bf16
 from shared.capability import GIB
 from shared.errors import Unsatisfiable
 from shared.resolved import Requirements
@@ -33,34 +28,33 @@ def asked(spec: TrainSpec | InferSpec) -> Requirements:
         compute_capability=round((resources.min_compute_capability or 0) * 10),
         features=tuple(dict.fromkeys(resources.features + features)),
         memory_is_estimate=resources.memory_gb is None,
+        memory_from="estimate" if resources.memory_gb is None else "user",
     )
 
 
 def requirements(
-    spec: TrainSpec | InferSpec,
-    shape: ModelShape | None,
-    longest_text: int | None,
-    teacher: ModelShape | None = None,
+    spec: TrainSpec | InferSpec, shape: ModelShape | None, estimate: int | None
 ) -> Requirements:
     """What each device needs: the user's figures and, where there are none, those of the model.
-    ``shape`` is None where nothing is known of it."""
+    ``shape`` and ``estimate``, the footprint of a rank in bytes, are None where nothing is known of it.
+    """
     needs = asked(spec)
     if shape is None:
         return needs
     added: dict[str, object] = {}
-    if needs.memory_is_estimate:
-        taught = 0 if teacher is None else teaching_bytes(teacher)
-        added["memory_bytes"] = estimate(spec, shape, longest_text) + taught
+    if needs.memory_is_estimate and estimate is not None:
+        added["memory_bytes"] = estimate
     if isinstance(spec, InferSpec) and infers_in_bf16(shape, spec):
         added["features"] = tuple(dict.fromkeys((*needs.features, "bf16")))
     return needs.model_copy(update=added)
 
 
-def estimate(spec: TrainSpec | InferSpec, shape: ModelShape, longest_text: int | None) -> int:
-    """The footprint of one rank in bytes."""
-    if isinstance(spec, TrainSpec):
-        return training_bytes(shape, spec, longest_text)
-    return inference_bytes(shape, spec, longest_text)
+def train_device(spec: TrainSpec, fleet: Sequence[DeviceState]) -> Literal["cpu", "cuda"]:
+    """What a training will compute on, as far as can be told: attention takes more on a CPU."""
+    if spec.resources.accelerator != "auto":
+        return spec.resources.accelerator
+    known = [d for d in fleet if d.known]
+    return "cpu" if known and all(d.capability.accelerator == "cpu" for d in known) else "cuda"
 
 
 def refuse_impossible(

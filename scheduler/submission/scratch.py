@@ -47,4 +47,5 @@ def shape_of(architecture: Architecture) -> ModelShape:
         vocabulary=architecture.vocabulary,
         positions=architecture.positions,
         gated_mlp=architecture.type == "llama",
+        attention_dropout=architecture.type in ("bert", "gpt2"),
     )

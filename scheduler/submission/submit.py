@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sqlmodel import Session, func, select
 
+from scheduler.footprint import inference_bytes, training_bytes, training_length
 from scheduler.submission.data import Inputs, resolve_rows, resolve_training_data
 from scheduler.submission.fitting import require_fit
 from scheduler.submission.inline import rows_to_file, write_once
 from scheduler.submission.models import FoundModel, resolve_model, resolve_teacher
-from scheduler.submission.requirements import refuse_impossible, requirements
+from scheduler.submission.requirements import refuse_impossible, requirements, train_device
 from shared.errors import InvalidRequest, InvalidSpec
+from shared.footprint import Configuration
+from shared.footprint import configuration as make_configuration
 from shared.messages import Shard
 from shared.resolved import Resolved
 from shared.settings import Settings
 from shared.specs import InferSpec, TrainSpec, parse_spec
 from shared.store import Store
+from shared.store.footprints import known_needs
 from shared.store.snapshot import DeviceState, read_devices
 from shared.store.submit import find_by_idempotency_key, insert_job, new_job_id
 from shared.tables import Job
@@ -109,16 +114,47 @@ def resolve(
     inputs = known.inputs[key]
     if isinstance(spec, TrainSpec):
         require_fit(spec, model, teacher, inputs)
-    needs = requirements(spec, model.shape, inputs.longest_text, teacher.shape if teacher else None)
     fleet = store.call(_fleet, settings.device_timeout)
+    configuration, estimate = footprint(spec, model, teacher, inputs, fleet)
+    needs = requirements(spec, model.shape, estimate)
+    if configuration is not None:
+        needs = store.call(known_needs, configuration.key, needs)
     refuse_impossible(spec, needs, fleet)
     found = Resolved(
         model=model.resolved,
         teacher=teacher.resolved if teacher else None,
         requirements=needs,
+        configuration=configuration,
+        estimated_bytes=estimate,
         inputs=inputs.files,
     )
     return found, inputs.shards
+
+
+def footprint(
+    spec: TrainSpec | InferSpec,
+    model: FoundModel,
+    teacher: FoundModel | None,
+    inputs: Inputs,
+    fleet: Sequence[DeviceState],
+) -> tuple[Configuration | None, int | None]:
+    """(the configuration of a training, the bytes of a rank by arithmetic). None: nothing is known of the
+    model, or only arithmetic is done."""
+    if model.shape is None:
+        return None, None
+    if isinstance(spec, InferSpec):
+        return None, inference_bytes(model.shape, spec, inputs.longest_text)
+    if teacher is not None and teacher.shape is None:
+        return None, None
+    asked = make_configuration(
+        spec,
+        model.config,
+        teacher.config if teacher else None,
+        labels=len(inputs.labels or ()),
+        length=training_length(model.shape, spec, inputs.longest_text),
+        device=train_device(spec, fleet),
+    )
+    return asked, training_bytes(model.shape, asked, teacher.shape if teacher else None)
 
 
 def check_key(key: str | None) -> None:

@@ -27,6 +27,8 @@ WAKE_JOB = "gpuyard_job"
 """Payload: the id of a job whose events, logs, progress or results grew."""
 WAKE_ATTEMPT = "gpuyard_attempt"
 """Payload: the id of an attempt whose workers should renew at once (cancel, end, rendezvous)."""
+WAKE_MEASURE = "gpuyard_measure"
+"""A configuration was submitted whose memory nobody has measured."""
 
 # Deadlock detected, serialization failure, and two transactions that want one device at once:
 # nothing happened, and the same call again sees what the other one did.

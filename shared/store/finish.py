@@ -16,6 +16,7 @@ from shared.lifecycle import AttemptState, FailureClass, JobState, LeaseState
 from shared.specs import Retry
 from shared.store.dispatch import drop_hints
 from shared.store.engine import WAKE_ATTEMPT, WAKE_SCHEDULER, after, db_now, wake
+from shared.store.footprints import record_peak
 from shared.store.guard import (
     Holder,
     held,
@@ -61,6 +62,9 @@ def finish_rank(session: Session, holder: Holder, summary: dict[str, Any]) -> bo
         summary = {**summary, **totals}
     release(lease)
     lease.succeeded = True
+    peak = summary.get("peak_memory_bytes")
+    if job.footprint_key is not None and isinstance(peak, int) and peak > 0:
+        record_peak(session, job.footprint_key, peak)
     if holder.rank == 0:
         job.summary = storable(summary)
     session.flush()

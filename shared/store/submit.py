@@ -18,6 +18,7 @@ from shared.messages import Shard as ShardRange
 from shared.resolved import Resolved
 from shared.specs import InferSpec, TrainSpec
 from shared.store.engine import WAKE_SCHEDULER, wake
+from shared.store.footprints import ask
 from shared.store.guard import tell
 from shared.tables import Job, Shard
 
@@ -63,6 +64,11 @@ def insert_job(
     Raises:
         IdempotencyMismatch: the key made a job of another spec.
     """
+    footprint_key = None
+    if resolved.configuration is not None and resolved.estimated_bytes is not None:
+        asked = (resolved.configuration, resolved.estimated_bytes, resolved.requirements)
+        resolved = resolved.model_copy(update={"requirements": ask(session, *asked)})
+        footprint_key = asked[0].key
     values: dict[str, Any] = {
         "id": job_id,
         "kind": spec.kind,
@@ -71,6 +77,7 @@ def insert_job(
         "state": JobState.QUEUED,
         "spec": spec.model_dump(mode="json"),
         "resolved": resolved.model_dump(mode="json"),
+        "footprint_key": footprint_key,
         "priority": spec.priority,
         "idempotency_key": idempotency_key,
         "created_by": created_by or "",

@@ -11,6 +11,7 @@ from shared.messages import (
     Done,
     Failed,
     Listening,
+    Measured,
     Metric,
     Notice,
     Progress,
@@ -79,8 +80,8 @@ class ReportWriter:
             case ShardComputed():
                 seconds = report.seconds
                 return call(commit_shard, holder, report.index, report.results, seconds)
-            case Done() | Failed():
-                raise AssertionError(f"'{report.type}' is for the attempt's thread to act on")
+            case Done() | Failed() | Measured():
+                raise AssertionError(f"'{report.type}' is not written for an attempt")
 
     def append_log(self, text: str) -> bool:
         return self.store.call(append_log, self.holder, text)

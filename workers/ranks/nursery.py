@@ -50,6 +50,7 @@ from workers.tree import (
 ENTRIES: Mapping[str, str] = {
     "train": "workers.ranks.train:main",
     "engine": "workers.ranks.engine:main",
+    "measure": "workers.ranks.footprint:main",
 }
 """What may be run: ``module:function``, called with the rank's ``Channel``."""
 

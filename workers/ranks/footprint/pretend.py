@@ -49,7 +49,7 @@ def pretend(models: Iterable[nn.Module]) -> None:
                     module._buffers[name] = fake(buffer)
 
 
-class PretendedBytes(LiveBytes):
+class PretendedBytes(LiveBytes):  # type: ignore[no-untyped-call]  # torch's own
     """Also answers what no fake tensor can: every number that is read is 1, and a fused optimizer step
     changes nothing in place."""
 
@@ -83,7 +83,7 @@ class FusedAttention(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Any,  # noqa: ARG002  the protocol's
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from shared.footprint import RUNTIME
 from shared.lifecycle import FailureClass
 from shared.messages import DeviceHandle
 from shared.specs import Precision
@@ -36,11 +39,28 @@ class Compute:
         """Reseed everything that dropout draws from."""
         torch.manual_seed(value)
 
+    def watch_memory(self) -> None:
+        """Forget how much memory it took to get here: of a process on the CPU, which reads weights from
+        mapped files, that says nothing about the training."""
+        if self.device.type == "cpu":
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak is that of now
+
     def peak_memory(self) -> int | None:
-        """Bytes that tensors held at most so far; None where that is not counted."""
-        if self.device.type != "cuda":
+        """Bytes that this rank took at most of its device: on CUDA what tensors held, and the allowance
+        for the runtime; on the CPU the process's own pages since ``watch_memory``, those of mapped files
+        left out. None where the kernel does not tell."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) + RUNTIME
+        try:
+            status = Path("/proc/self/status").read_text()
+            found = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+            most, *mapped = (
+                int(found[name].split()[0]) for name in ("VmHWM", "RssFile", "RssShmem")
+            )
+        except (OSError, KeyError, ValueError):
             return None
-        return torch.cuda.max_memory_allocated(self.device)
+        return (most - sum(mapped)) * 1024
 
 
 def open_device(handle: DeviceHandle, precision: Precision) -> Compute:

@@ -143,14 +143,16 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     )
     reporter.send(Ready(seconds=time.monotonic() - began))
 
+    compute.watch_memory()
     first, train_began = position.step, time.monotonic()
     evaluation = trainer.run(position)
     seconds = time.monotonic() - train_began
     gang.leave()
 
-    summary: dict[str, Any] = {}
+    summary: dict[str, Any] = {"peak_memory_bytes": compute.peak_memory()}
     if gang.rank == 0:
         summary = {
+            **summary,
             **_summary(task, plan, position, evaluation, resumed, first, seconds),
             "stopped_early": trainer.stopped_early,
             "best": _best(position, task),
@@ -329,7 +331,6 @@ def _deliver(
         "labels": list(task.loaded.labels),
         "global_batch": plan.global_batch,
         "training_seconds": round(position.seconds, 3),
-        "peak_memory_bytes": compute.peak_memory(),
         "evaluations": position.evaluations,
         **(evaluation.details if evaluation else {}),
     }

@@ -13,6 +13,7 @@ from shared.messages import (
     Assignment,
     ComputeShards,
     JoinRendezvous,
+    Measure,
     Metric,
     Notice,
     Preempt,
@@ -24,7 +25,7 @@ from workers.channel import Channel, ChannelClosed
 from workers.ranks.checkpoint import digest
 from workers.ranks.train.failures import Stopped, TrainingFailed
 
-RankChannel = Channel[Assignment | ComputeShards | JoinRendezvous | Stop | Preempt]
+RankChannel = Channel[Assignment | Measure | ComputeShards | JoinRendezvous | Stop | Preempt]
 _PROGRESS_SECONDS = 0.25
 _ASSIGNMENT_SECONDS = 60.0
 
