@@ -181,13 +181,13 @@ def _logits(asked: Configuration) -> float:
 
 
 def _evaluation(shape: ModelShape, asked: Configuration) -> float:
-    """One layer's activations and the logits, of the rows that are evaluated together."""
+    """One layer's activations, or the logits twice, of the rows that are evaluated together."""
     tokens = max(EVALUATED_TOGETHER, asked.rows) * asked.length
-    per_token = 10 * shape.hidden + 3 * shape.intermediate
+    layer = 4 * shape.hidden + 2 * shape.intermediate
     if not _fused(shape, asked):
-        per_token += 2 * shape.heads * asked.length
-    logits = 3 * shape.vocabulary if _logits(asked) else 0
-    return tokens * FP32 * (per_token + logits)
+        layer += 2 * shape.heads * asked.length
+    answers = 2 * (shape.hidden + shape.vocabulary) if _logits(asked) else 0
+    return tokens * FP32 * max(layer, answers)
 
 
 def _fused(shape: ModelShape, asked: Configuration) -> bool:

@@ -228,6 +228,15 @@ def _inspect(folder: Path, label: str, source: Any, wanted: _Wanted) -> FoundMod
     return FoundModel(where, shape, labels=_labels(config), config=config)
 
 
+def shape_of_folder(folder: Path) -> ModelShape:
+    """The shape of a model folder that is known to be whole.
+
+    Raises:
+        UnsupportedModel: it is not.
+    """
+    return _shape(_read_config(folder, folder.name), *read_tensors(folder, folder.name))
+
+
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():

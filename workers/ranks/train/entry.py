@@ -157,7 +157,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
             "stopped_early": trainer.stopped_early,
             "best": _best(position, task),
         }
-        _deliver(assignment, task, plan, position, evaluation, summary, compute, adapter, reporter)
+        _deliver(assignment, task, plan, position, evaluation, summary, adapter, reporter)
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
 
 
@@ -322,7 +322,6 @@ def _deliver(
     position: Position,
     evaluation: Evaluation | None,
     summary: Mapping[str, Any],
-    compute: Compute,
     adapter: Adapter | None,
     reporter: Reporter,
 ) -> None:
