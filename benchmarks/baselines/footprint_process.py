@@ -106,6 +106,7 @@ def _train(pair: Pair, place: Path) -> dict[str, Any]:
         FromRank,
         JoinRendezvous,
         Listening,
+        Progress,
         ToRank,
         TrainAssignment,
     )
@@ -129,15 +130,18 @@ def _train(pair: Pair, place: Path) -> dict[str, Any]:
             train_path=str(place / "train.jsonl"), validation_path=None, work_dir=str(work),
         )
     )  # fmt: skip
-    peak: list[int] = []
+    found: dict[str, Any] = {"bare": bare}
 
     def listen() -> None:
-        while not peak:
+        while "peak" not in found:
             match channel.receive():
                 case Listening(port=port):
                     channel.send(JoinRendezvous(address=f"127.0.0.1:{port}"))
+                case Progress(step=1):
+                    found["mapped"] = _mapped_weights()
                 case Done(summary=summary):
-                    peak.append(int(summary["peak_memory_bytes"]))
+                    found["rate"] = summary["examples_per_second"]
+                    found["peak"] = int(summary["peak_memory_bytes"])
                 case Failed(message=message):
                     sys.exit(message)
 
@@ -145,7 +149,7 @@ def _train(pair: Pair, place: Path) -> dict[str, Any]:
     listener.start()
     train(Channel(theirs, ToRank))
     listener.join(60)
-    return {"peak": peak[0], "bare": bare}
+    return found
 
 
 def _warm_up() -> None:
@@ -163,6 +167,18 @@ def _warm_up() -> None:
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
     layer(torch.zeros(2, 8)).sum().backward()
     optimizer.step()
+
+
+def _mapped_weights() -> int:
+    """Weights that training does not change stay pages of their file."""
+    mapped, weights = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ")[0]:
+            weights = line.endswith(".safetensors")
+        elif weights and line.startswith(("Rss:", "Anonymous:")):
+            # What was written to is the process's own by now.
+            mapped += int(line.split()[1]) * (1024 if line.startswith("Rss:") else -1024)
+    return mapped
 
 
 def _own_pages() -> int:
