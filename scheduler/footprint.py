@@ -155,7 +155,7 @@ def _activations(shape: ModelShape, asked: Configuration, *, half: bool) -> floa
     """What a micro-batch leaves for backward, at the moment at which it is most."""
     spec = asked.spec
     tokens = asked.rows * asked.length
-    if spec.task == "embeddings":  # both texts of a pair go through the model together
+    if _pairs(spec):
         tokens *= 2
     element = BF16 if half else FP32
     kept = (_FROZEN if spec.method == "lora" else _WHOLE)[_family(shape, spec.task)]
@@ -182,12 +182,18 @@ def _logits(asked: Configuration) -> float:
 
 def _evaluation(shape: ModelShape, asked: Configuration) -> float:
     """One layer's activations, or the logits twice, of the rows that are evaluated together."""
-    tokens = max(EVALUATED_TOGETHER, asked.rows) * asked.length
+    tokens = max(EVALUATED_TOGETHER, asked.rows) * asked.length * (2 if _pairs(asked.spec) else 1)
     layer = 4 * shape.hidden + 2 * shape.intermediate
     if not _fused(shape, asked):
         layer += 2 * shape.heads * asked.length
     answers = 2 * (shape.hidden + shape.vocabulary) if _logits(asked) else 0
     return tokens * FP32 * max(layer, answers)
+
+
+def _pairs(spec: TrainSpec) -> bool:
+    """Whether the two texts of an example go through the model together. The reference of preferences is
+    computed before training."""
+    return spec.task == "embeddings" or spec.preference is not None
 
 
 def _fused(shape: ModelShape, asked: Configuration) -> bool:

@@ -87,6 +87,7 @@ def configuration(
             "model": None if spec.architecture else "-",
             "architecture": spec.architecture,
             "teacher": "-" if spec.teacher else None,
+            "preference": {} if spec.preference else None,
             "data": {"train": "-"},
             "hyperparameters": {**kept, "batch_size": rows},
         }

@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     ),
     "llama-adafactor": ("llama", "text-generation", {}, {"optimizer": "adafactor", "l1": 1e-4}),
     "llama-accumulated": ("llama", "text-generation", {}, {"micro_batch_size": 4}),
+    "gpt2-preference": ("gpt2", "text-generation", {"preference": {}}, {"batch_size": 4}),
     "t5-sgd": ("t5", "text2text", {}, {"optimizer": "sgd"}),
 }  # fmt: skip
 

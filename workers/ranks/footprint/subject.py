@@ -33,6 +33,7 @@ from workers.ranks.train.scratch import make_model
 from workers.ranks.train.tasks.base import Loaded, Objective, Predicts, Task
 from workers.ranks.train.tasks.embeddings import Embeddings
 from workers.ranks.train.tasks.fill_mask import FillMask
+from workers.ranks.train.tasks.preferences import REFERENCE, Preferences
 from workers.ranks.train.tasks.text2text import Text2Text
 from workers.ranks.train.tasks.text_classification import MultiLabel, Regression, SingleLabel
 from workers.ranks.train.tasks.text_generation import TextGeneration
@@ -156,6 +157,9 @@ def _examples(configuration: Configuration, lengths: Sequence[int]) -> Examples:
                 lists["labels"] = [0] * length
             case "text-generation":
                 lists["learned"] = [0, length]
+                if configuration.spec.preference is not None:
+                    lists |= {"other_tokens": tokens, "other_learned": [0, length]}
+                    numbers |= dict.fromkeys(REFERENCE, 0.0)
             case "text2text" | "summarization":
                 lists["target_tokens"] = tokens
             case "embeddings":
@@ -207,5 +211,7 @@ def _task(
 ) -> Task:
     spec = configuration.spec
     kind = _PROBLEMS[spec.problem][0] if spec.task == "text-classification" else _TASKS[spec.task]
+    if spec.preference is not None:
+        kind = Preferences
     labels = tuple(str(index) for index in range(configuration.labels))
     return kind(Loaded(model, tokenizer, configuration.length, "", labels), spec)
