@@ -1,5 +1,5 @@
 """``python -m benchmarks.footprint``: the footprint by arithmetic and as measured without weights, against
-the peak of real trainings on the CPU. Some five minutes.
+the peak of real trainings on the CPU. Some five minutes on idle cores; prints each pair as it is done.
 
 Each pair is a model of 15 to 30 million weights in a folder, real rows in a file, and a real training
 rank in a process of its own: ``workers.ranks.train``, from the assignment to the delivered model. What it
@@ -36,6 +36,11 @@ from shared.specs import TrainSpec
 ROOT = Path(__file__).resolve().parents[1]
 MB = 1e6
 VOCABULARY = 12_000
+HEAD = (
+    "| pair | peak | arithmetic | measured | tensors counted | peak, usual malloc |"
+    " whole process, usual malloc | measured and runtime |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- |",
+)
 GLIBC = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 
@@ -79,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="pairs whose name has this in it")
     args = parser.parse_args(argv)
-    print(table([found for pair in PAIRS if args.only in pair.name for found in [bench(pair)]]))
+    print("\n".join(HEAD), flush=True)
+    for pair in PAIRS:
+        if args.only in pair.name:
+            print(table_row(bench(pair)), flush=True)
 
 
 def bench(pair: Pair) -> dict[str, Any]:
@@ -100,26 +108,19 @@ def bench(pair: Pair) -> dict[str, Any]:
         }
 
 
-def table(figures: Sequence[dict[str, Any]]) -> str:
-    """Markdown. All but the last two columns are of what the model takes beyond the bare runtime: the
+def table_row(found: dict[str, Any]) -> str:
+    """Of Markdown. All but the last two columns are of what the model takes beyond the bare runtime: the
     harder question."""
-    lines = [
-        "| pair | peak | arithmetic | measured | tensors counted | peak, usual malloc |"
-        " whole process, usual malloc | measured and runtime |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for f in figures:
-        whole = f["usual"]["peak"] + f["usual"]["mapped"]
-        usual, tight = (
-            f[how]["peak"] - f[how]["bare"] + f[how]["mapped"] for how in ("usual", "tight")
-        )
-        lines.append(
-            f"| {f['name']} | {tight / MB:.0f} MB | {_error(f['arithmetic'], tight)} |"
-            f" {_error(f['measured'], tight)} | {f['counted'] / MB:.0f} MB |"
-            f" {usual / MB:.0f} MB ({_error(usual, tight)}) | {whole / MB:.0f} MB |"
-            f" {_error(f['measured'] + RUNTIME, whole)} |"
-        )
-    return "\n".join(lines)
+    whole = found["usual"]["peak"] + found["usual"]["mapped"]
+    usual, tight = (
+        found[how]["peak"] - found[how]["bare"] + found[how]["mapped"] for how in ("usual", "tight")
+    )
+    return (
+        f"| {found['name']} | {tight / MB:.0f} MB | {_error(found['arithmetic'], tight)} |"
+        f" {_error(found['measured'], tight)} | {found['counted'] / MB:.0f} MB |"
+        f" {usual / MB:.0f} MB ({_error(usual, tight)}) | {whole / MB:.0f} MB |"
+        f" {_error(found['measured'] + RUNTIME, whole)} |"
+    )
 
 
 def _error(said: float, truth: float) -> str:
