@@ -125,6 +125,7 @@ def training_bytes(
     )
     kept, passing = _optimizer_bytes(shape, asked.spec.hyperparameters.optimizer, trainable)
     gradients = FP32 * trainable
+    kept += gradients * asked.waiting_sums
     precision = asked.spec.hyperparameters.precision
     passes = max(
         _activations(shape, asked, half=half)

@@ -45,6 +45,8 @@ class Configuration(BaseModel):
     """Tokens of its longest row; of a target as well."""
     gradients_stay: bool
     """From one micro-batch to the next, or in DDP's buckets, and so beside all activations."""
+    waiting_sums: int
+    """Further copies of the gradients (``shared.specs.world_sizes``)."""
     evaluates: bool
     device: Literal["cpu", "cuda"]
 
@@ -66,8 +68,7 @@ def configuration(
 ) -> Configuration:
     """The configuration of a spec on models of these ``config.json``."""
     options = spec.hyperparameters
-    share = -(-options.batch_size // spec.resources.devices)
-    rows = min(options.micro_batch_size or share, share)
+    rows = spec.world_sizes.micro_batch
     kept: dict[str, Any] = {name: getattr(options, name) for name in _DECIDE}
     for name in _DECIDE_BY_BEING_THERE:
         value = getattr(options, name)
@@ -99,7 +100,8 @@ def configuration(
         labels=labels,
         rows=rows,
         length=length,
-        gradients_stay=spec.resources.devices > 1 or rows < share,
+        gradients_stay=spec.resources.most > 1 or rows < options.batch_size,
+        waiting_sums=spec.world_sizes.waiting_sums,
         evaluates=spec.data.validation is not None or spec.data.validation_split is not None,
         device=device,
     )

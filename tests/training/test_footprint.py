@@ -44,6 +44,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "bert-pairs": ("bert", "embeddings", {}, {}),
     "gpt2": ("gpt2", "text-generation", {}, {}),
     "gpt2-ranks": ("gpt2", "text-generation", {"resources": {"devices": 2}}, {"batch_size": 32}),
+    "gpt2-range": (
+        "gpt2", "text-generation", {"resources": {"devices": {"min": 1, "max": 4}}},
+        {"batch_size": 32, "micro_batch_size": 2},
+    ),
     "gpt2-evaluated": (
         "gpt2", "text-generation", {"data": {"train": "-", "validation": "-"}}, {"batch_size": 2},
     ),

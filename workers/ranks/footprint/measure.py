@@ -60,8 +60,10 @@ def peak_of(
         step.make_optimizer_state()
         if configuration.gradients_stay:
             step.keep_gradients()
+        waiting = [step.like_gradients() for _ in range(configuration.waiting_sums)]
         counted.peak = counted.now
         step.train(batch)
+        del waiting
         if configuration.evaluates:
             rows = max(EVALUATED_TOGETHER, configuration.rows)
             step.evaluate(make_batch(configuration, subject, rows))

@@ -44,6 +44,10 @@ class Step:
         for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
 
+    def like_gradients(self) -> list[torch.Tensor]:
+        """A sum of gradients that waits for another one."""
+        return [torch.zeros_like(parameter) for parameter in self.trained]
+
     def train(self, batch: Batch) -> None:
         self._model.train()
         total = self._objective.loss(self._model, batch, self._compute)
