@@ -73,6 +73,10 @@ class CheckpointRef(Message):
     manifest: dict[str, FileDigest]
 
 
+DEVICE_MTBF = 7 * 86400.0
+"""Seconds of a device's work from one failure to the next, where nothing else is known: a week."""
+
+
 class TrainAssignment(Message):
     """One rank of one attempt at a training job. Paths are absolute and already checked."""
 
@@ -102,6 +106,8 @@ class TrainAssignment(Message):
     """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
     best_from: tuple[CheckpointRef, ...] = ()
     """The best models that those build on, which early stopping delivers in the end. Newest first."""
+    device_mtbf: float = DEVICE_MTBF
+    """Seconds of a device's work from one failure to the next, on average, as far as is known."""
 
 
 class InferAssignment(Message):

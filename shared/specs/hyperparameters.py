@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -147,7 +147,11 @@ class Lora(Strict):
 
 class Checkpointing(Strict):
     every_steps: int | None = Field(None, ge=1)
-    every_seconds: float | None = Field(600, gt=0)
+    every_seconds: Annotated[float, Field(gt=0)] | Literal["auto"] | None = Field(
+        "auto",
+        description="'auto': unless every_steps is given, by what a checkpoint costs and how often "
+        "devices fail.",
+    )
     keep: int = Field(
         2, ge=1, le=100, description="How many of the newest are kept; the best one besides."
     )

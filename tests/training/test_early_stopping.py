@@ -19,7 +19,7 @@ from shared.lifecycle import FailureClass
 from shared.messages import CheckpointRef, CheckpointWritten, Done, Metric, Notice, Report
 from shared.specs import parse_spec
 from tests.training.harness import TOPICS, Gang, make_assignment, make_rows, write_rows
-from workers.ranks.checkpoint import write
+from workers.ranks.checkpoint import begin, finish, part_name, write_part
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang as RankGang
 from workers.ranks.train.state import restore_best
@@ -198,7 +198,7 @@ def test_killed_twice_it_ends_the_same(material: Material, stopped: Gang) -> Non
 
 
 def damage(checkpoint: CheckpointRef) -> None:
-    tensors = Path(checkpoint.path) / "state.safetensors"
+    [tensors, *_] = sorted(Path(checkpoint.path).glob("*.safetensors"))
     content = bytearray(tensors.read_bytes())
     content[-5] ^= 1
     tensors.write_bytes(content)
@@ -225,7 +225,8 @@ def test_what_builds_on_a_damaged_best_is_not_gone_on_from(
 def test_a_best_that_is_damaged_at_the_end_is_not_delivered(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     weights = {f"parameter.{name}": p.detach().clone() for name, p in model.named_parameters()}
-    written = write(tmp_path, 5, weights, {})
+    aside = begin(tmp_path, 5)
+    written = finish(aside, 5, {part_name(0, 1): write_part(aside, 0, 1, weights)}, {})
     best = CheckpointRef(id="x", step=5, path=str(written.path), manifest=written.manifest)
     alone = RankGang(0, 1, torch.device("cpu"))
     with torch.no_grad():

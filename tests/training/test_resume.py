@@ -20,6 +20,7 @@ from shared.messages import (
     Report,
 )
 from tests.training.harness import Gang, make_assignment
+from workers.ranks.checkpoint import part_name
 
 # Dropout stays the model's own 0.1 throughout; 250 examples leave a partial last batch, of 10.
 PLAIN: dict[str, Any] = {"epochs": 2, "batch_size": 16, "learning_rate": 3e-3}
@@ -126,7 +127,7 @@ def test_a_damaged_checkpoint_is_told_and_the_next_is_as_good(
 ) -> None:
     first = killed(tmp_path / "1", bert, train_file, ranks=1, rank=0, after=10, **PLAIN)
     newest, older = first.checkpoints[:2]
-    tensors = Path(newest.path) / "state.safetensors"
+    tensors = Path(newest.path) / part_name(0, 1)
     if damage == "flipped":
         content = bytearray(tensors.read_bytes())
         content[-5] ^= 1
@@ -155,8 +156,7 @@ def test_with_nothing_whole_left_it_starts_anew(
         step=5,
         path=str(tmp_path / "gone"),
         manifest={
-            name: FileDigest(size=1, sha256="0" * 64)
-            for name in ("state.safetensors", "state.json")
+            name: FileDigest(size=1, sha256="0" * 64) for name in (part_name(0, 1), "state.json")
         },
     )
     options = {**PLAIN, "max_steps": 20}
@@ -202,7 +202,7 @@ def test_checkpoints_are_whole_without_pickle_and_the_rank_deletes_none(
     assert folders == [f"step-{step:08}" for step in (2, 4, 6, 8, 10)]
     newest = tmp_path / "checkpoints" / "step-00000010"
     assert {path.name for path in newest.iterdir()} == {
-        "state.safetensors",
+        part_name(0, 1),
         "state.json",
         "manifest.json",
     }
@@ -212,8 +212,11 @@ def test_checkpoints_are_whole_without_pickle_and_the_rank_deletes_none(
 
 
 def test_checkpoints_come_by_time_too(tmp_path: Path, bert: Path, train_file: Path) -> None:
+    """By rank 0's clock, and not while one is being written."""
     rule = {"every_steps": None, "every_seconds": 0.001}
     gang = Gang(
-        make_assignment(tmp_path, bert, train_file, ranks=2, max_steps=4, checkpoint=rule)
+        make_assignment(tmp_path, bert, train_file, ranks=2, max_steps=40, checkpoint=rule)
     ).run()
-    assert [report.step for report in gang.of(CheckpointWritten)] == [1, 2, 3]
+    steps = [report.step for report in gang.of(CheckpointWritten)]
+    assert steps[0] <= 2 and len(steps) > 2
+    assert steps == sorted(set(steps)) and steps[-1] < 40

@@ -1,8 +1,9 @@
 """Checkpoints on disk: whole or not there, without pickle, and verified before they are believed.
 
-A checkpoint is a folder with ``state.safetensors`` (tensors), ``state.json`` (all else) and
-``manifest.json`` (size and SHA-256 of the other two). It is written aside, synced and renamed into
-place, so that death at any moment leaves either all of it or a hidden folder that nobody reads.
+A checkpoint is a folder with one or more parts (``state-00000-of-00002.safetensors``: tensors, each in
+one of the parts), ``state.json`` (all else) and ``manifest.json`` (size and SHA-256 of the others). It
+is written aside, each part by whoever holds its tensors, synced and renamed into place once all parts
+are there: death at any moment leaves either all of it or a hidden folder that nobody reads.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 
 from shared.messages import CheckpointRef, FileDigest
 
-TENSORS = "state.safetensors"
 STATE = "state.json"
 MANIFEST = "manifest.json"
-_ASIDE = ".writing-"
+ASIDE = ".writing-"
+_PART = re.compile(r"state-(\d{5})-of-(\d{5})\.safetensors")
 
 
 class CheckpointDamaged(Exception):
@@ -41,58 +41,77 @@ class Written:
     step: int
     path: Path
     manifest: dict[str, FileDigest]
-    seconds: float
 
 
-def write(
-    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
-) -> Written:
-    """Write a checkpoint of ``step`` into ``folder``, durably; returns once it is on disk.
+def part_name(number: int, parts: int) -> str:
+    """The file of part ``number`` (from 0) of ``parts``."""
+    return f"state-{number:05d}-of-{parts:05d}.safetensors"
+
+
+def begin(folder: Path, step: int) -> Path:
+    """The folder aside, in which the checkpoint of ``step`` is written; made where it is missing, as
+    whoever writes a part may be the first."""
+    aside = folder / f"{ASIDE}{_name(step)}"
+    aside.mkdir(parents=True, exist_ok=True)
+    return aside
+
+
+def write_part(
+    aside: Path, number: int, parts: int, tensors: Mapping[str, torch.Tensor]
+) -> FileDigest:
+    """Write one part of a checkpoint; returns once it is on disk.
 
     Args:
-        folder: Holds the checkpoints; made where it is missing.
-        tensors: On the CPU, contiguous, none sharing memory with another.
+        tensors: On the CPU, contiguous, none overlapping another.
+
+    Raises:
+        OSError, SafetensorError: it could not be written; nothing of it is left.
+    """
+    file = aside / part_name(number, parts)
+    try:
+        save_file(dict(tensors), file)
+        _sync(file)
+        return digest(file)
+    except BaseException:
+        # A disk that is full must not stay full of what will never be finished.
+        file.unlink(missing_ok=True)
+        raise
+
+
+def finish(
+    aside: Path, step: int, parts: Mapping[str, FileDigest], state: Mapping[str, Any]
+) -> Written:
+    """Make whole what ``begin`` began: every one of the ``parts`` is durable.
+
+    Args:
+        parts: By the names of their files.
         state: What JSON can hold.
 
     Raises:
-        OSError, SafetensorError: it could not be written; nothing of it is in place.
+        OSError: it could not be written, or a part is not there; nothing is in place.
     """
-    began = time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"step-{step:08d}"
-    aside = folder / f"{_ASIDE}{name}"
+    for name, entry in parts.items():
+        if (size := (aside / name).stat().st_size) != entry.size:
+            raise OSError(f"{name} has {size} bytes where {entry.size} were written")
+    (aside / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
+    manifest = {**parts, STATE: digest(aside / STATE)}
+    sizes = {file: entry.model_dump() for file, entry in manifest.items()}
+    (aside / MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n")
+    place(aside, aside.parent / _name(step))
+    return Written(step, aside.parent / _name(step), manifest)
+
+
+def abandon(aside: Path) -> None:
+    """Give back the space of a checkpoint that will not be finished."""
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        save_file(dict(tensors), aside / TENSORS)
-        (aside / STATE).write_text(json.dumps(state, indent=1, sort_keys=True) + "\n")
-        manifest = {file: digest(aside / file) for file in (TENSORS, STATE)}
-        sizes = {file: entry.model_dump() for file, entry in manifest.items()}
-        (aside / MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n")
-        place(aside, folder / name)
-    except BaseException:
-        # A disk that is full must not stay full of what will never be finished.
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return Written(step, folder / name, manifest, time.monotonic() - began)
 
 
-def read(checkpoint: CheckpointRef) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Verify a checkpoint against its committed manifest and load it: (tensors, state).
-
-    Raises:
-        CheckpointDamaged: a file is missing, or differs from the manifest.
-    """
-    verify(checkpoint)
-    folder = Path(checkpoint.path)
-    try:
-        return load_file(folder / TENSORS), json.loads((folder / STATE).read_text())
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointDamaged(f"it cannot be loaded: {error}") from error
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def read_state(checkpoint: CheckpointRef) -> dict[str, Any]:
-    """Verify a checkpoint and load all but its tensors.
+    """Verify a checkpoint against its committed manifest and load all but its tensors.
 
     Raises:
         CheckpointDamaged: a file is missing, or differs from the manifest.
@@ -105,6 +124,26 @@ def read_state(checkpoint: CheckpointRef) -> dict[str, Any]:
     return state
 
 
+def read_tensors(checkpoint: CheckpointRef) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that was verified, of all its parts.
+
+    Raises:
+        CheckpointDamaged: a part is missing, or no part is what it should be.
+    """
+    found = sorted(name for name in checkpoint.manifest if _PART.fullmatch(name))
+    if not found or found != [part_name(n, len(found)) for n in range(len(found))]:
+        raise CheckpointDamaged(
+            f"its manifest does not list every part, but {', '.join(found) or 'none'}"
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        for name in found:
+            tensors |= load_file(Path(checkpoint.path) / name)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointDamaged(f"it cannot be loaded: {error}") from error
+    return tensors
+
+
 def verify(checkpoint: CheckpointRef) -> None:
     """Compare a checkpoint with its committed manifest.
 
@@ -112,8 +151,8 @@ def verify(checkpoint: CheckpointRef) -> None:
         CheckpointDamaged: a file is missing, or differs from it.
     """
     folder = Path(checkpoint.path)
-    if not {TENSORS, STATE} <= set(checkpoint.manifest):
-        raise CheckpointDamaged(f"its manifest does not list {TENSORS} and {STATE}")
+    if STATE not in checkpoint.manifest:
+        raise CheckpointDamaged(f"its manifest does not list {STATE}")
     for name, expected in checkpoint.manifest.items():
         if Path(name).name != name:
             raise CheckpointDamaged(f"its manifest names '{name}', which is no plain file name")
@@ -158,57 +197,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class CheckpointWriter:
-    """Makes checkpoints durable on a thread of its own while training goes on.
-
-    At most one is in the making: a second ``submit`` waits for the first. A failed write ends the
-    training at the next ``submit`` or ``close``, as training on without checkpoints is not what
-    was asked for.
-
-    It deletes nothing: only the worker knows which checkpoints are committed, and what was written
-    while Postgres was slow must not push out the last one that counts.
-    """
-
-    def __init__(self, folder: Path, written: Callable[[Written], None]) -> None:
-        """``written`` is called on the writer's thread once a checkpoint is durable."""
-        self._folder = folder
-        self._written = written
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def submit(
-        self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
-    ) -> None:
-        """Write in the background. The caller must not change ``tensors`` afterwards.
-
-        Raises:
-            Exception: what the write before this one failed with.
-        """
-        self.close()
-        self._thread = threading.Thread(
-            target=self._run, args=(step, tensors, state), name="checkpoint-writer", daemon=True
-        )
-        self._thread.start()
-
-    def close(self) -> None:
-        """Wait for the write in the making.
-
-        Raises:
-            Exception: what it failed with.
-        """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _run(
-        self, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any]
-    ) -> None:
-        try:
-            self._written(write(self._folder, step, tensors, state))
-        except BaseException as error:
-            self._error = error

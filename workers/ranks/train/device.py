@@ -46,6 +46,15 @@ class Compute:
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak is that of now
 
+    def host_memory(self, size: int) -> torch.Tensor:
+        """``size`` bytes on the host, which a copy from the device goes to without a detour."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def wait(self) -> None:
+        """Until the device has done what it was given, copies to the host included."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def peak_memory(self) -> int | None:
         """Bytes that this rank took at most of its device: on CUDA what tensors held, and the allowance
         for the runtime; on the CPU the process's own pages since ``watch_memory``, those of mapped files

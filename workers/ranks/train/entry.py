@@ -140,6 +140,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         checkpoints=Path(assignment.work_dir) / "checkpoints",
         fingerprint=own,
         best=resumed.best if resumed else None,
+        device_mtbf=assignment.device_mtbf,
     )
     reporter.send(Ready(seconds=time.monotonic() - began))
 

@@ -67,6 +67,20 @@ class Gang:
         while self.store is not None and not self.store.check([key]):
             meanwhile()
 
+    def tell(self, key: str, value: Any) -> None:
+        """Leave ``value`` (what JSON can hold) for a rank that asks for it with ``hear``. Unlike all
+        else here it may be called on any thread: the store takes one call at a time."""
+        assert self.store is not None  # noqa: S101  a gang of one has nobody to tell
+        self.store.set(key, json.dumps(value))
+
+    def hear(self, key: str) -> Any | None:
+        """What was told under ``key``, once; None until then. May be called on any thread."""
+        if self.store is None or not self.store.check([key]):
+            return None
+        value = json.loads(self.store.get(key))
+        self.store.delete_key(key)
+        return value
+
     def spread(self, tensors: Iterable[torch.Tensor]) -> None:
         """Overwrite the tensors of every rank with those of rank 0, wherever they lie: an optimizer
         may count its steps on the host, which NCCL does not reach."""

@@ -52,8 +52,9 @@ class Trainer:
         checkpoints: Path,
         fingerprint: Fingerprint,
         best: CheckpointRef | None,
+        device_mtbf: float,
     ) -> None:
-        """``best``: where rank 0 finds the best model so far, if another attempt has made it."""
+        """``best`` and ``device_mtbf`` are the ``Saver``'s."""
         self._spec = spec
         self._options = spec.hyperparameters
         self._task = task
@@ -79,14 +80,16 @@ class Trainer:
         )
         self._saver = Saver(
             rules=spec.checkpoint,
-            task=task,
+            best_model=lambda place: best_model(task, place),
             model=model,
             optimizer=optimizer,
             fingerprint=fingerprint,
+            compute=compute,
             gang=gang,
             reporter=reporter,
             folder=checkpoints,
             best=best,
+            device_mtbf=device_mtbf,
         )
         self._telling = Telling(plan, reporter)
         self._order: tuple[int, Indices] | None = None
@@ -112,11 +115,13 @@ class Trainer:
             step_began = time.monotonic()
             batch = self._batch(position.step)
             wanted_back = float(self._has_to_leave(position, began))
-            update = self._stepper.step(position.step, batch, [wanted_back])
+            signals = [wanted_back, self._saver.wish()]
+            update = self._stepper.step(position.step, batch, signals)
             position.step += 1
             now = time.monotonic()
             position.seconds = before + now - began
             self._telling.step(position.step, update, len(batch), now - step_began)
+            self._saver.after_step(now - step_began, update.signals[1])
             if self._evaluation_is_due(position.step):
                 evaluation = self._evaluate(position)
                 if self._ends_early(position):

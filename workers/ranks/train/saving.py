@@ -3,95 +3,158 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
 
 from shared.messages import CheckpointRef, CheckpointWritten
 from shared.specs import Checkpointing
-from workers.ranks.checkpoint import CheckpointWriter, Written
+from workers.ranks.checkpoint import Written
+from workers.ranks.train.device import Compute
 from workers.ranks.train.gang import Gang
+from workers.ranks.train.interval import Cost, Interval, duration
 from workers.ranks.train.reports import Reporter
-from workers.ranks.train.state import Fingerprint, Position, describe, snapshot
+from workers.ranks.train.shares import HostCopy, divide, find_writers
+from workers.ranks.train.state import BUFFER, Fingerprint, Position, describe, tensors_of
 from workers.ranks.train.stopping import Best, best_of
 from workers.ranks.train.tasks import Task
+from workers.ranks.train.writing import CheckpointWriter
+
+_STATES = 3
+"""Numbers kept per trained one, about: itself and AdamW's two."""
 
 
 class Saver:
-    """Makes the checkpoints of one attempt. Every rank holds the same state, so a checkpoint is no
-    collective: rank 0 alone decides and alone writes."""
+    """Makes the checkpoints of one attempt. Every rank holds the same state and saves its share of it
+    after the same step; all ranks make the same calls in the same order."""
 
     def __init__(
         self,
         *,
         rules: Checkpointing,
-        task: Task,
-        model: PreTrainedModel,
+        best_model: Callable[[Position], Best | None],
+        model: nn.Module,
         optimizer: torch.optim.Optimizer,
         fingerprint: Fingerprint,
+        compute: Compute,
         gang: Gang,
         reporter: Reporter,
         folder: Path,
         best: CheckpointRef | None,
+        device_mtbf: float,
     ) -> None:
-        """``best``: where rank 0 finds the best model so far, if another attempt has made it."""
+        """
+        Args:
+            best_model: Which model training would deliver from a position, if another than its last.
+            best: Where rank 0 finds the best model so far, if another attempt has made it.
+            device_mtbf: Seconds of a device's work from one failure to the next, on average.
+        """
         self._rules = rules
-        self._task = task
+        self._best_model = best_model
         self._model = model
         self._optimizer = optimizer
         self._fingerprint = fingerprint
         self._gang = gang
         self._reporter = reporter
-        self._writer = CheckpointWriter(folder, self._written)
+        self._writers = find_writers(folder, gang)
+        self._writer = CheckpointWriter(folder, gang, self._writers, self._written)
+        self._copy = HostCopy(compute)
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+        share = _STATES * trained // len(self._writers)
+        self._interval = Interval(rules, device_mtbf / gang.world_size, share)
+        self._cost = Cost()
         self._blocked = 0.0
+        self._durable_after = 0.0
         self._saved = time.monotonic()
         self._saved_step: int | None = None
+        self._wished = False
         self._best_step: int | None = None
         self.best = best
         """The checkpoint of the best model so far, on rank 0, once its writing has been waited for."""
+        if self._interval.automatic and self._interval.seconds is not None:
+            reporter.say(
+                f"checkpoints: every {duration(self._interval.seconds)} or so; what one costs, and how "
+                "often devices fail, will decide"
+            )
+
+    def wish(self) -> float:
+        """Whether this rank wants a checkpoint behind the step to come. All ranks' wishes are added up
+        in that step's all-reduce, as only rank 0 looks at the clock; so is a write's failure, which
+        then comes out on all ranks together."""
+        if self._writer.failed:
+            return 1.0
+        if self._gang.rank != 0 or self._interval.seconds is None or self._writer.busy:
+            return 0.0
+        return float(time.monotonic() - self._saved >= self._interval.seconds)
+
+    def after_step(self, seconds: float, wishes: float) -> None:
+        """A step took so long, and ``wishes`` is what the ranks' came to in it."""
+        self._wished = wishes > 0
+        if self._gang.rank == 0:
+            self._cost.step(seconds, writing=self._writer.busy)
+            self._adapt()
 
     def due(self, position: Position) -> bool:
-        """Whether to save now, of a training that goes on."""
+        """Whether to save now, of a training that goes on; the same on every rank."""
         step, rules = position.step, self._rules
-        if self._gang.rank != 0:
-            return False
         if position.evaluations and position.evaluations[-1]["step"] == step:
-            best = best_model(self._task, position)
+            best = self._best_model(position)
             if best is not None and best.step == step:
                 return True
-        by_step = rules.every_steps is not None and step % rules.every_steps == 0
-        seconds = time.monotonic() - self._saved
-        by_time = rules.every_seconds is not None and seconds >= rules.every_seconds
-        return by_step or by_time
+        return self._wished or (rules.every_steps is not None and step % rules.every_steps == 0)
 
     def save(self, position: Position) -> None:
-        """Copy what training changes and have it written in the background; blocks for the copy."""
+        """Copy this rank's share of what training changes, and have it written in the background;
+        blocks for the copy, and for the checkpoint before this one.
+
+        Raises:
+            Exception: what the write before this one failed with.
+        """
         began = time.monotonic()
-        # Before the copy, so that host memory holds one checkpoint at a time.
-        self._writer.close()
-        tensors = snapshot(self._model, self._optimizer)
+        self._writer.settle()
+        tensors = dict(tensors_of(self._model, self._optimizer))
+        copied = self._copy.take({name: tensors[name] for name in self._share(tensors)})
         state = describe(self._fingerprint, self._gang, position)
-        best = best_model(self._task, position)
+        best = self._best_model(position)
         self._best_step = best.step if best else None
         self._blocked = time.monotonic() - began
-        self._writer.submit(position.step, tensors, state)
+        self._writer.submit(position.step, copied, state)
         self._saved_step = position.step
         self._saved = time.monotonic()
+        self._cost.waited(self._blocked)
 
     def save_and_wait(self, position: Position) -> None:
-        """Have the checkpoint of ``position`` durable when it returns, on rank 0."""
-        if self._gang.rank == 0:
-            if self._saved_step != position.step:
-                self.save(position)
-            self._writer.close()
+        """Have the checkpoint of ``position`` durable when rank 0 returns."""
+        if self._saved_step != position.step:
+            self.save(position)
+        self._writer.settle()
 
     def close(self) -> None:
         """Wait for the write in the making; raises what it failed with."""
-        self._writer.close()
+        self._writer.settle()
 
-    def _written(self, written: Written) -> None:
-        # On the writer's thread; the training's reads what is set here once it has waited for this one.
+    def _share(self, tensors: dict[str, torch.Tensor]) -> list[str]:
+        if self._gang.rank not in self._writers:
+            return []
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        of_first = {name for name in tensors if name.startswith(BUFFER)}
+        shares = divide(sizes, len(self._writers), of_first)
+        return shares[self._writers.index(self._gang.rank)]
+
+    def _adapt(self) -> None:
+        cost = self._cost.seconds
+        if cost is not None and not self._writer.busy:
+            told = self._interval.measured(cost, self._durable_after)
+            if told is not None:
+                self._reporter.notice(
+                    "checkpoint_interval", told,
+                    seconds=self._interval.seconds, cost=cost, durable_after=self._durable_after,
+                )  # fmt: skip
+
+    def _written(self, written: Written, seconds: float) -> None:
+        # On the writer's thread; the training's reads what is set here once that one is not busy.
         size = sum(entry.size for entry in written.manifest.values())
         report = CheckpointWritten(
             step=written.step,
@@ -103,11 +166,13 @@ class Saver:
             self.best = CheckpointRef(
                 id="own", step=report.step, path=report.path, manifest=report.manifest
             )
+        self._durable_after = seconds
         self._reporter.send(report)
         which = ", the best so far" if report.best else ""
+        by = f" by {len(self._writers)} ranks" if len(self._writers) > 1 else ""
         self._reporter.say(
-            f"checkpoint of step {written.step}{which}: {size / 1e6:.1f} MB in "
-            f"{written.seconds:.2f} s, training waited {self._blocked:.2f} s"
+            f"checkpoint of step {written.step}{which}: {size / 1e6:.1f} MB in {seconds:.2f} s{by}, "
+            f"training waited {self._blocked:.2f} s"
         )
 
 

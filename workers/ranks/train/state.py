@@ -18,14 +18,16 @@ from torch import nn
 from shared.lifecycle import FailureClass
 from shared.messages import CheckpointRef, TrainAssignment
 from shared.specs import TrainSpec
-from workers.ranks.checkpoint import CheckpointDamaged, read, read_state
+from workers.ranks.checkpoint import CheckpointDamaged, read_state, read_tensors
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import same_bits
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.stopping import Best
 
-_FORMAT = 2
+_FORMAT = 3
+BUFFER = "buffer."
+"""How the names of buffers begin. Ranks do not agree on these: rank 0's are everyone's after a resume."""
 _SAMPLED = 256
 """Numbers of a frozen weight that are looked at, about."""
 
@@ -98,9 +100,15 @@ def require_agreement(gang: Gang, own: Fingerprint, topic: str = "fingerprint") 
         )
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """A copy, in host memory, of every tensor that training changes. Blocks while it copies."""
-    return {name: _copy(tensor) for name, tensor in _tensors(model, optimizer)}
+def tensors_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the training under a name, in an order that all ranks share."""
+    yield from _model_tensors(model)
+    for name, parameter in model.named_parameters():
+        for kept, value in sorted(optimizer.state.get(parameter, {}).items()):
+            if isinstance(value, torch.Tensor):
+                yield f"{kept}.{name}", value
 
 
 def describe(own: Fingerprint, gang: Gang, position: Position) -> dict[str, Any]:
@@ -136,10 +144,11 @@ def resume(
     if gang.rank == 0:
         for index, checkpoint in enumerate(assignment.resume_from):
             try:
-                tensors, state = read(checkpoint)
+                state = read_state(checkpoint)
                 _require_same_training(state, own)
                 needed = best_of(Position(**state["position"]))
                 best = _find_best(needed, checkpoint, assignment.best_from, own)
+                tensors = read_tensors(checkpoint)
             except CheckpointDamaged as problem:
                 reporter.notice(
                     "checkpoint_damaged",
@@ -165,9 +174,9 @@ def resume(
     _allocate_state(optimizer)
     if gang.rank == 0:
         with torch.no_grad():
-            for name, tensor in _tensors(model, optimizer):
+            for name, tensor in tensors_of(model, optimizer):
                 tensor.copy_(tensors[name])
-    gang.spread(tensor for _, tensor in _tensors(model, optimizer))
+    gang.spread(tensor for _, tensor in tensors_of(model, optimizer))
     return Resumed(assignment.resume_from[chosen["index"]], Position(**chosen["position"]), best)
 
 
@@ -182,7 +191,8 @@ def restore_best(model: nn.Module, best: CheckpointRef | None, gang: Gang) -> No
     if gang.rank == 0:
         assert best is not None  # noqa: S101  written by this attempt, or found when it began
         try:
-            tensors, _ = read(best)
+            read_state(best)
+            tensors = read_tensors(best)
         except CheckpointDamaged as problem:
             raise TrainingFailed(
                 FailureClass.INFRASTRUCTURE,
@@ -236,17 +246,6 @@ def _require_same_training(state: Mapping[str, Any], own: Fingerprint) -> None:
         raise CheckpointDamaged(f"it belongs to a training with other {', '.join(differing)}")
 
 
-def _tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the training under a name, in an order that all ranks share."""
-    yield from _model_tensors(model)
-    for name, parameter in model.named_parameters():
-        for kept, value in sorted(optimizer.state.get(parameter, {}).items()):
-            if isinstance(value, torch.Tensor):
-                yield f"{kept}.{name}", value
-
-
 def _model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Trained parameters, and those buffers that are saved with them."""
     persistent = model.state_dict(keep_vars=True)
@@ -255,7 +254,7 @@ def _model_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"parameter.{name}", parameter.detach()
     for name, buffer in model.named_buffers():
         if name in persistent:
-            yield f"buffer.{name}", buffer
+            yield f"{BUFFER}{name}", buffer
 
 
 def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
@@ -270,11 +269,6 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-    return copy.copy_(tensor)
 
 
 def _digest(value: Any) -> str:
