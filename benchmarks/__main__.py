@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import generation, jobs, training
+from benchmarks import checkpoints, generation, jobs, training
 from benchmarks.service import service
 
 
@@ -30,11 +30,13 @@ def main() -> None:
             done = jobs.bench(running)
             print("training", flush=True)
             trained = training.bench(running, rounds=args.rounds)
+    print("checkpoints", flush=True)
+    saved = checkpoints.bench(args.rounds)
     print("generation", flush=True)
     generated = generation.bench(
         generation.parse_arguments(["--requests", str(args.requests), "--slots", "32"])
     )
-    figures = {"training": trained, "generation": generated, "jobs": done}
+    figures = {"training": trained, "checkpoints": saved, "generation": generated, "jobs": done}
     (args.out / "figures.json").write_text(json.dumps(figures, indent=2))
     text = report(figures)
     (args.out / "performance.md").write_text(text)
@@ -64,6 +66,7 @@ def report(figures: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {seconds:.2f} | {seconds / first['gpuyard, warm']:.1f} × faster |"
         )
+    lines += ["", checkpoints.table(figures["checkpoints"])]
     lines += ["", generation.table(figures["generation"])]
     lines += [
         "",

@@ -73,6 +73,8 @@ class CheckpointRef(Message):
     manifest: dict[str, FileDigest]
 
 
+UNFINISHED = ".writing-"
+"""How the name of a checkpoint's folder begins as long as it is not whole."""
 DEVICE_MTBF = 7 * 86400.0
 """Seconds of a device's work from one failure to the next, where nothing else is known: a week."""
 

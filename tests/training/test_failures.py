@@ -197,10 +197,7 @@ def test_a_full_disk(tmp_path: Path, bert: Path, train_file: Path) -> None:
     )
     (tmp_path / "artifacts").mkdir()
     (tmp_path / "artifacts" / ".writing-metrics.json").symlink_to("/dev/full")
-    gang.run()
-    failure = gang.failed
-    assert (failure.failure_class, failure.code) == (FailureClass.INFRASTRUCTURE, "disk_full")
-    assert not gang.of(Done)
+    assert run_failing(gang, FailureClass.INFRASTRUCTURE).code == "disk_full"
 
 
 def test_a_member_that_never_comes_does_not_hang_the_rest(

@@ -20,6 +20,7 @@ from typing import Any
 
 from shared.lifecycle import FailureClass
 from shared.messages import (
+    UNFINISHED,
     ArtifactWritten,
     CheckpointWritten,
     ComputeShards,
@@ -138,6 +139,7 @@ def _lose_a_peer(channel: Rank, job: TrainAssignment) -> int:
 def _die_once(channel: Rank, job: TrainAssignment) -> int:
     if job.attempt == 1:
         _write_checkpoint(channel, job, 7)
+        (Path(job.work_dir) / "checkpoints" / f"{UNFINISHED}step-8").mkdir()
         os.kill(os.getpid(), signal.SIGKILL)
     summary = {"resumed": [each.step for each in job.resume_from]}
     channel.send(Done(attempt_id=job.attempt_id, summary=summary))

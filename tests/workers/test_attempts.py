@@ -67,6 +67,10 @@ def test_rank_killed_is_classified_and_resumed(shared_fleet: Fleet) -> None:
     assert "SIGKILL" in first.failure["message"]
     assert second.state == "succeeded"
     assert job.summary == {"resumed": [7]}
+    # What it left unfinished is gone, and what it had finished is there.
+    [checkpoint] = shared_fleet.store.call(read.list_checkpoints, job.id)
+    folders = (shared_fleet.data / checkpoint.path).parent.iterdir()
+    assert [folder.name for folder in folders] == ["step-7"]
 
 
 def test_old_checkpoints_are_forgotten_and_deleted(shared_fleet: Fleet) -> None:

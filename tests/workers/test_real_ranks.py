@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from shared.resolved import ResolvedInput
 from shared.store import read
+from shared.tables import Checkpoint
 from tests.stack import eventually
 from tests.training.harness import make_bert, make_rows, write_rows
 from tests.training.packages import install
@@ -41,6 +43,16 @@ def train(fleet: Fleet, model: Path, **changes: Any) -> str:
 def weights(fleet: Fleet, job_id: str) -> str:
     artifacts = fleet.store.call(read.list_artifacts, job_id)
     return next(a.sha256 for a in artifacts if a.name.endswith("model.safetensors"))
+
+
+def require_only(fleet: Fleet, job_id: str, kept: Sequence[Checkpoint]) -> None:
+    """Of the checkpoints of a job nothing is on disk but those kept, and these as they were written."""
+    folders = (fleet.data / "jobs" / job_id).glob("attempts/*/checkpoints/*")
+    assert set(folders) == {fleet.data / checkpoint.path for checkpoint in kept}
+    for checkpoint in kept:
+        for name, entry in checkpoint.manifest.items():
+            content = (fleet.data / checkpoint.path / name).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == entry["sha256"]
 
 
 @pytest.fixture
@@ -103,7 +115,9 @@ def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
     assert [event.message for event in fleet.events(killed) if event.type == "notice"] == []
     kept = fleet.store.call(read.list_checkpoints, killed)
     assert len(kept) == 2
-    assert all((fleet.data / checkpoint.path).is_dir() for checkpoint in kept)
+    require_only(fleet, killed, kept)
+    for checkpoint in kept:  # by both ranks
+        assert len([name for name in checkpoint.manifest if name.endswith("safetensors")]) == 2
     assert weights(fleet, killed) == weights(fleet, undisturbed)
     # Three attempts of two ranks, two files: tokenised by the first rank of all.
     first, *later = [
@@ -181,7 +195,7 @@ def test_the_best_model_outlives_the_attempt_that_made_it(
     newest, made_best = fleet.store.call(read.list_checkpoints, killed)
     assert (made_best.step, made_best.attempt_id) == (best, first.id)
     assert newest.best_step == best and not newest.best
-    assert all((fleet.data / kept.path).is_dir() for kept in (newest, made_best))
+    require_only(fleet, killed, (newest, made_best))
 
 
 SLICED = """

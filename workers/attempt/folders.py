@@ -7,6 +7,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.messages import UNFINISHED
+
 log = logging.getLogger(__name__)
 
 
@@ -25,6 +27,15 @@ class AttemptFolder:
     def make(self) -> None:
         """The ranks of a gang on one host share it."""
         self.path.mkdir(parents=True, exist_ok=True)
+
+    def sweep(self) -> None:
+        """Delete what this attempt and those before it left half-written of checkpoints. Those are over
+        (a newer attempt exists), so that nothing there will ever be finished."""
+        for number in range(1, self.number + 1):
+            checkpoints = self.path.parent / str(number) / "checkpoints"
+            for unfinished in checkpoints.glob(f"{UNFINISHED}*"):
+                log.info("deleted, as it was never finished: %s", unfinished)
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def log(self, rank: int, device_id: str) -> Path:
         return self.path / f"rank{rank}{log_suffix(device_id)}"

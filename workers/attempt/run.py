@@ -11,6 +11,7 @@ from shared.messages import Hint
 from shared.resolved import Resolved
 from shared.store import Holder
 from shared.store.claim import Claimed, Refusal, claim_rank
+from shared.store.failures import device_mtbf
 from shared.store.finish import (
     Failure,
     fail_rank,
@@ -65,6 +66,7 @@ class RunningAttempt:
         self.holder = claimed.holder
         self.started = time.time()
         self.inbox = Inbox()
+        self._folder = AttemptFolder(site.settings.data, self.holder.job_id, claimed.attempt_number)
         self._store = Insistent(site.store, give_up)
         self._keeper: LeaseKeeper | None = None
 
@@ -99,6 +101,7 @@ class RunningAttempt:
             outcome = self._run_and_flush()
             self._keeper.conclude()
             outcome = self._conclude(outcome)
+            self._sweep(outcome)
         finally:
             self._keeper.close()
             self.inbox.close()
@@ -107,11 +110,11 @@ class RunningAttempt:
 
     def _run_and_flush(self) -> Outcome:
         """Everything up to the last report in the store."""
-        folder = AttemptFolder(
-            self.site.settings.data, self.holder.job_id, self.claimed.attempt_number
-        )
+        folder = self._folder
         try:
             folder.make()
+            if self.holder.rank == 0:
+                folder.sweep()
             host = rank_host(self.site.settings, self._store, self.claimed)
             reporter = self._start_reporter(folder, host)
         except OSError as error:
@@ -157,8 +160,16 @@ class RunningAttempt:
         deadline = None if limit is None else time.monotonic() + float(limit)
         site, claimed, inbox = self.site, self.claimed, self.inbox
         if claimed.kind == "train":
-            return run_training(site, claimed, folder, host, inbox, reporter, deadline)
+            mtbf = self._store.call(device_mtbf)
+            return run_training(site, claimed, folder, host, inbox, reporter, deadline, mtbf)
         return run_inference(site, claimed, self._store, inbox, reporter, deadline)
+
+    def _sweep(self, outcome: Outcome) -> None:
+        """Give back the space of checkpoints that nobody will finish. Behind the report of the end: what
+        another rank still writes must not fail before it is known why. A rank that finished leaves it
+        to rank 0, which may be finishing the last checkpoint."""
+        if self.holder.rank == 0 or not isinstance(outcome, Finished):
+            self._folder.sweep()
 
     def _conclude(self, outcome: Outcome) -> Outcome:
         """Tell the store how it ended. An end that counts no more only frees the device."""

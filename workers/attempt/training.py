@@ -51,8 +51,9 @@ def run_training(
     inbox: Inbox,
     reporter: Reporter,
     deadline: float | None,
+    device_mtbf: float,
 ) -> Outcome:
-    """Returns once no process of the rank lives.
+    """Returns once no process of the rank lives. ``device_mtbf``: see ``TrainAssignment``.
 
     Raises:
         LaunchFailed: no rank could be started.
@@ -73,7 +74,7 @@ def run_training(
                 sent.add("preempt")
                 _send(rank, inbox.preempt)
 
-        _send(rank, training_assignment(site, claimed, folder))
+        _send(rank, training_assignment(site, claimed, folder, device_mtbf))
         watch = Watch(
             rank,
             claimed.holder.attempt_id,
@@ -121,7 +122,9 @@ def _prefer_the_cause(said: Failed, inbox: Inbox) -> Outcome:
     return inbox.end or said
 
 
-def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> TrainAssignment:
+def training_assignment(
+    site: Site, claimed: Claimed, folder: AttemptFolder, device_mtbf: float
+) -> TrainAssignment:
     resolved = Resolved.model_validate(claimed.resolved)
     data = site.settings.data
     train, validation = resolved.inputs.get("train"), resolved.inputs.get("validation")
@@ -145,6 +148,7 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         cache_dir=str(_cache(data)),
         resume_from=tuple(_reference(each, data) for each in claimed.checkpoints),
         best_from=tuple(_reference(each, data) for each in claimed.best),
+        device_mtbf=device_mtbf,
     )
 
 

@@ -22,11 +22,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from shared.messages import CheckpointRef, FileDigest
+from shared.messages import UNFINISHED, CheckpointRef, FileDigest
 
 STATE = "state.json"
 MANIFEST = "manifest.json"
-ASIDE = ".writing-"
 _PART = re.compile(r"state-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -51,7 +50,7 @@ def part_name(number: int, parts: int) -> str:
 def begin(folder: Path, step: int) -> Path:
     """The folder aside, in which the checkpoint of ``step`` is written; made where it is missing, as
     whoever writes a part may be the first."""
-    aside = folder / f"{ASIDE}{_name(step)}"
+    aside = folder / f"{UNFINISHED}{_name(step)}"
     aside.mkdir(parents=True, exist_ok=True)
     return aside
 

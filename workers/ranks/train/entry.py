@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 3
 """Exit codes. ``STOPPED``: the worker ordered it, or is gone."""
+_FORESEEN = frozenset({"peer_lost", "disk_full"})
+"""What ends a rank from outside: a traceback would say nothing of it."""
 
 
 def main(channel: RankChannel) -> int:
@@ -379,7 +381,7 @@ def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:
     if failure.code == "peer_lost" and (order := _waiting_stop(reporter)) is not None:
         reporter.say(f"stopped: {order}")
         return STOPPED
-    if not isinstance(error, TrainingFailed | LoadError) and failure.code != "peer_lost":
+    if not isinstance(error, TrainingFailed | LoadError) and failure.code not in _FORESEEN:
         traceback.print_exception(error)
     reporter.say(f"failed: {failure.message}" + (f" {failure.hint}" if failure.hint else ""))
     try:

@@ -79,6 +79,11 @@ class Saver:
                 "often devices fail, will decide"
             )
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing; rank 0 is as long as any of them."""
+        return self._writer.busy
+
     def wish(self) -> float:
         """Whether this rank wants a checkpoint behind the step to come. All ranks' wishes are added up
         in that step's all-reduce, as only rank 0 looks at the clock; so is a write's failure, which
