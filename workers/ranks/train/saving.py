@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +28,24 @@ _STATES = 3
 """Numbers kept per trained one, about: itself and AdamW's two."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """A checkpoint of this rank, in host memory."""
+
+    step: int
+    tensors: dict[str, torch.Tensor]
+    state: dict[str, Any]
+    best_step: int | None
+    waited: float
+
+
 class Saver:
     """Makes the checkpoints of one attempt. Every rank holds the same state and saves its share of it
-    after the same step; all ranks make the same calls in the same order."""
+    after the same step; all ranks make the same calls in the same order.
+
+    A best model that comes while a checkpoint is being written is held in memory until that is done. A
+    better one takes its place, as nothing builds on the one before yet.
+    """
 
     def __init__(
         self,
@@ -60,17 +77,17 @@ class Saver:
         self._reporter = reporter
         self._writers = find_writers(folder, gang)
         self._writer = CheckpointWriter(folder, gang, self._writers, self._written)
-        self._copy = HostCopy(compute)
+        self._copy, self._spare = HostCopy(compute), HostCopy(compute)
+        self._held: _Copied | None = None
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         share = _STATES * trained // len(self._writers)
         self._interval = Interval(rules, device_mtbf / gang.world_size, share)
         self._cost = Cost()
-        self._blocked = 0.0
         self._durable_after = 0.0
         self._saved = time.monotonic()
         self._saved_step: int | None = None
         self._wished = False
-        self._best_step: int | None = None
+        self._submitted: _Copied | None = None
         self.best = best
         """The checkpoint of the best model so far, on rank 0, once its writing has been waited for."""
         if self._interval.automatic and self._interval.seconds is not None:
@@ -90,13 +107,22 @@ class Saver:
         then comes out on all ranks together."""
         if self._writer.failed:
             return 1.0
-        if self._gang.rank != 0 or self._interval.seconds is None or self._writer.busy:
+        if self._gang.rank != 0 or self._writer.busy:
             return 0.0
-        return float(time.monotonic() - self._saved >= self._interval.seconds)
+        if self._held is not None:
+            return 1.0
+        every = self._interval.seconds
+        return float(every is not None and time.monotonic() - self._saved >= every)
 
     def after_step(self, seconds: float, wishes: float) -> None:
-        """A step took so long, and ``wishes`` is what the ranks' came to in it."""
-        self._wished = wishes > 0
+        """A step took so long, and ``wishes`` is what the ranks' came to in it.
+
+        Raises:
+            Exception: as ``save``.
+        """
+        self._wished = wishes > 0 and self._held is None
+        if wishes > 0:
+            self._write_held()
         if self._gang.rank == 0:
             self._cost.step(seconds, writing=self._writer.busy)
             self._adapt()
@@ -112,33 +138,57 @@ class Saver:
 
     def save(self, position: Position) -> None:
         """Copy this rank's share of what training changes, and have it written in the background;
-        blocks for the copy, and for the checkpoint before this one.
+        blocks for the copy, and, unless this is the best model so far, for the checkpoint before it.
 
         Raises:
             Exception: what the write before this one failed with.
         """
         began = time.monotonic()
-        self._writer.settle()
-        tensors = dict(tensors_of(self._model, self._optimizer))
-        copied = self._copy.take({name: tensors[name] for name in self._share(tensors)})
-        state = describe(self._fingerprint, self._gang, position)
         best = self._best_model(position)
-        self._best_step = best.step if best else None
-        self._blocked = time.monotonic() - began
-        self._writer.submit(position.step, copied, state)
+        is_best = best is not None and best.step == position.step
+        # One rank may have written its part when another has not.
+        hold = is_best and self._gang.sum([float(self._writer.busy)])[0] > 0
+        if not hold:
+            self._write_held()
+            self._writer.settle()
+        tensors = dict(tensors_of(self._model, self._optimizer))
+        memory = self._spare if hold else self._copy
+        copied = _Copied(
+            step=position.step,
+            tensors=memory.take({name: tensors[name] for name in self._share(tensors)}),
+            state=describe(self._fingerprint, self._gang, position),
+            best_step=best.step if best else None,
+            waited=time.monotonic() - began,
+        )
         self._saved_step = position.step
         self._saved = time.monotonic()
-        self._cost.waited(self._blocked)
+        if hold:
+            self._held = copied
+        else:
+            self._submit(copied)
 
     def save_and_wait(self, position: Position) -> None:
         """Have the checkpoint of ``position`` durable when rank 0 returns."""
         if self._saved_step != position.step:
             self.save(position)
-        self._writer.settle()
+        self.close()
 
     def close(self) -> None:
-        """Wait for the write in the making; raises what it failed with."""
+        """Wait for the write in the making, and write what is held; raises what that failed with."""
+        self._write_held()
         self._writer.settle()
+
+    def _write_held(self) -> None:
+        if self._held is not None:
+            self._writer.settle()
+            held, self._held = self._held, None
+            self._copy, self._spare = self._spare, self._copy
+            self._submit(held)
+
+    def _submit(self, copied: _Copied) -> None:
+        self._submitted = copied
+        self._writer.submit(copied.step, copied.tensors, copied.state)
+        self._cost.waited(copied.waited)
 
     def _share(self, tensors: dict[str, torch.Tensor]) -> list[str]:
         if self._gang.rank not in self._writers:
@@ -160,12 +210,14 @@ class Saver:
 
     def _written(self, written: Written, seconds: float) -> None:
         # On the writer's thread; the training's reads what is set here once that one is not busy.
+        copied = self._submitted
+        assert copied is not None  # noqa: S101  this is what it came to
         size = sum(entry.size for entry in written.manifest.values())
         report = CheckpointWritten(
             step=written.step,
             path=str(written.path),
             manifest=written.manifest,
-            best_step=self._best_step,
+            best_step=copied.best_step,
         )
         if report.best:
             self.best = CheckpointRef(
@@ -177,7 +229,7 @@ class Saver:
         by = f" by {len(self._writers)} ranks" if len(self._writers) > 1 else ""
         self._reporter.say(
             f"checkpoint of step {written.step}{which}: {size / 1e6:.1f} MB in {seconds:.2f} s{by}, "
-            f"training waited {self._blocked:.2f} s"
+            f"training waited {copied.waited:.2f} s"
         )
 
 
