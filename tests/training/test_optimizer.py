@@ -16,6 +16,7 @@ from shared.messages import Metric
 from shared.specs import Hyperparameters, parse_spec
 from tests.training.harness import Gang, make_assignment, make_rows, write_rows
 from tests.training.test_resume import Uninterrupted, killed
+from workers.ranks.checkpoint import read_tensors
 from workers.ranks.train.optimizer import add_l1, make_optimizer, regularised
 
 # An Adafactor step is relative to the weights, and SGD's to the gradients.
@@ -84,7 +85,7 @@ def test_resume_is_bitwise_exact(
 ) -> None:
     first = killed(tmp_path / "1", bert, train_file, ranks=2, rank=1, after=10, **chosen)
     newest = first.checkpoints[0]
-    names = {name.split(".")[0] for name in load_file(Path(newest.path) / "state.safetensors")}
+    names = {name.split(".")[0] for name in read_tensors(newest)}
     kept = STATE[chosen["optimizer"]] if chosen.get("momentum") != 0.0 else set()
     assert names == {"parameter", *kept}
     second = Gang(
