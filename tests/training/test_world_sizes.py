@@ -26,6 +26,7 @@ SUBJECTS = {
     "fill-mask": {"dropout": 0.1},
     "lora": {"dropout": 0.1},
     "embeddings": {"dropout": 0.1, "micro_batch_size": 4},
+    "preference": {"dropout": 0.1},
     "stopping": {"dropout": 0.1, "eval_every_steps": 2, "max_steps": 30},
 }
 
