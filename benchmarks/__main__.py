@@ -32,7 +32,9 @@ def main() -> None:
             print("training", flush=True)
             trained = training.bench(running, rounds=args.rounds)
             print("recovery", flush=True)
-            recovered = recovery.bench(running, write_texts(running.data, "short"), rounds=args.rounds)
+            recovered = recovery.bench(
+                running, write_texts(running.data, "short"), rounds=args.rounds
+            )
     print("generation", flush=True)
     generated = generation.bench(
         generation.parse_arguments(["--requests", str(args.requests), "--slots", "32"])
@@ -63,7 +65,8 @@ def report(figures: dict[str, Any]) -> str:
     again = figures["recovery"]["steps_computed_twice"]
     lines += [
         "",
-        f"gpuyard computed {again:.0f} steps twice; torchrun's script begins again at step 1.",
+        f"gpuyard computed {again:.0f} steps twice; torchrun's script begins again at step 1, and came "
+        f"back at all in {figures['recovery']['torchrun_came_back']} cases.",
     ]
     lines += ["", generation.table(figures["generation"])]
     lines += [
