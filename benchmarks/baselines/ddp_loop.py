@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="over all ranks")
     parser.add_argument("--padding", choices=["grouped", "512"], default="grouped")
     parser.add_argument("--freeze", default=None, help="prefix of parameters to freeze")
+    parser.add_argument("--tell", type=Path, help="file for (process, time) of each step of rank 0")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -71,6 +73,9 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         examples += len(batch)
         first_step_at = first_step_at or time.time()
+        if args.tell is not None and rank == 0:
+            with args.tell.open("a") as file:
+                print(json.dumps([os.getpid(), time.time()]), file=file)
     seconds = time.perf_counter() - started
     if rank == 0:
         figures = {"examples_per_second": examples / seconds, "first_step_at": first_step_at}
