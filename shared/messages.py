@@ -11,6 +11,7 @@ other side is gone: a rank then exits, a worker classifies the attempt's end.
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -79,6 +80,18 @@ DEVICE_MTBF = 7 * 86400.0
 """Seconds of a device's work from one failure to the next, where nothing else is known: a week."""
 
 
+class EndedAttempt(Message):
+    """An attempt before this one, and why it ended."""
+
+    number: int
+    ranks: int
+    failure_class: str
+    code: str
+    message: str
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
 class TrainAssignment(Message):
     """One rank of one attempt at a training job. Paths are absolute and already checked."""
 
@@ -110,6 +123,8 @@ class TrainAssignment(Message):
     """The best models that those build on, which early stopping delivers in the end. Newest first."""
     device_mtbf: float = DEVICE_MTBF
     """Seconds of a device's work from one failure to the next, on average, as far as is known."""
+    ended: tuple[EndedAttempt, ...] = ()
+    """The attempts before this one, oldest first: for the report."""
 
 
 class InferAssignment(Message):
@@ -221,6 +236,11 @@ class Progress(Message):
     learning_rate: float | None = None
     examples_per_second: float | None = None
     tokens_per_second: float | None = None
+    grad_norm: float | None = None
+    memory_bytes: int | None = None
+    """Of rank 0: what tensors held at most on its GPU, or what its process has on a CPU."""
+    eta_seconds: float | None = None
+    """To the end, evaluations included. None: nobody has said."""
 
 
 class Metric(Message):

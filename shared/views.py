@@ -54,6 +54,9 @@ class ProgressView(View):
     learning_rate: float | None = None
     examples_per_second: float | None = None
     tokens_per_second: float | None = None
+    grad_norm: float | None = None
+    memory_bytes: int | None = None
+    """Of rank 0: what tensors held at most on its GPU, or what its process has on a CPU."""
     eta_seconds: float | None = None
     attempt: int | None = None
 

@@ -266,7 +266,29 @@ def summary(job: JobView) -> str:
 
 
 def pace(job: JobDetail, rows_per_second: float | None = None) -> str:
-    """Where the work stands: steps, loss, learning rate, speed, time left."""
+    """Where the work stands, in one line: steps, what is measured, speed, time left."""
+    return " · ".join((*standing_of(job, rows_per_second), *filter(None, [time_left(job)])))
+
+
+def time_left(job: JobDetail) -> str:
+    """``ETA 3 m 05 s`` of a job that is not over, where that is known."""
+    eta = job.progress.eta_seconds if job.progress is not None else None
+    return "" if eta is None or job.state.terminal else f"ETA {duration(eta)}"
+
+
+def wrapped(parts: Sequence[str], width: int) -> list[str]:
+    """Lines of ``width`` at most (a longer part is alone on its own), broken between parts."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(" · " + part) <= width:
+            lines[-1] += " · " + part
+        else:
+            lines.append(part)
+    return lines
+
+
+def standing_of(job: JobDetail, rows_per_second: float | None = None) -> list[str]:
+    """How far the work is, what is measured on the way, its speed and its memory."""
     progress = job.progress
     parts = []
     if job.kind == "infer" and job.rows_total:
@@ -277,22 +299,21 @@ def pace(job: JobDetail, rows_per_second: float | None = None) -> str:
         parts.append(f"step {progress.step}/{progress.total_steps}")
         if progress.epoch:
             parts.append(f"epoch {progress.epoch:.2f}")
-    eta = None
     if progress is not None:
         unit = "rows/s" if job.kind == "infer" else "examples/s"
         speed = progress.examples_per_second or rows_per_second
         for text, value in (
-            ("loss {:.4g}", progress.loss),
+            ("loss {:.4f}", progress.loss),
+            ("grad norm {:.3g}", progress.grad_norm),
             ("lr {:.2e}", progress.learning_rate),
-            ("{:.1f} " + unit, speed),
-            ("{:.0f} tokens/s", progress.tokens_per_second),
+            ("{:,.1f} " + unit, speed),
+            ("{:,.0f} tokens/s", progress.tokens_per_second),
         ):
             if value is not None:
                 parts.append(text.format(value))
-        eta = progress.eta_seconds
-    if eta is not None and not job.state.terminal:
-        parts.append(f"ETA {duration(eta)}")
-    return " · ".join(parts)
+        if progress.memory_bytes is not None:
+            parts.append(f"memory {size(progress.memory_bytes)}")
+    return parts
 
 
 def attempts(console: Console, items: Sequence[AttemptView]) -> Table:

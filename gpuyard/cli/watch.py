@@ -136,13 +136,16 @@ class MovingDisplay(_Telling):
         head = Table.grid(padding=(0, 1, 0, 0))
         cells: list[RenderableType] = [self._spinner, render.state(job.state)]
         if job.state.active and total:
-            width = max(10, min(40, self._live.console.width - 30))
+            width = max(10, min(40, self._live.console.width - 40))
             bar = ProgressBar(total=total, completed=done, width=width)
-            cells += [bar, Text(f"{100 * done // total}%")]
+            cells += [bar, Text(f"{100 * done // total}%"), Text(render.time_left(job))]
         head.add_row(*cells)
-        below = render.remark(job) or render.pace(job, self.rows_per_second(job))
-        parts: list[RenderableType] = [head, Text("  " + below, style="dim")] if below else [head]
-        self._live.update(Group(*parts))
+        if remark := render.remark(job):
+            below = [remark]
+        else:
+            standing = render.standing_of(job, self.rows_per_second(job))
+            below = render.wrapped(standing, self._live.console.width - 2)
+        self._live.update(Group(head, *(Text("  " + line, style="dim") for line in below)))
 
 
 class LineDisplay(_Telling):

@@ -75,6 +75,8 @@ JOB: dict[str, Any] = {
         "learning_rate": 3.5e-5,
         "examples_per_second": 96.0,
         "tokens_per_second": 2300.0,
+        "grad_norm": 1.84,
+        "memory_bytes": 812_384_256,
         "eta_seconds": 70.0,
         "attempt": 1,
     },

@@ -109,15 +109,18 @@ def progress_view(job: Job) -> ProgressView | None:
 
 
 def _eta(job: Job) -> float | None:
-    """Seconds to the end at the pace of now: examples left by examples a second."""
+    """Seconds to the end while the job runs: what a training says itself, and of a batch job the rows
+    left by rows a second."""
     progress = job.progress or {}
+    if job.state != JobState.RUNNING:
+        return None
+    if (said := progress.get("eta_seconds")) is not None:
+        return float(said)
     pace = progress.get("examples_per_second")
-    if job.state != JobState.RUNNING or not pace:
+    if job.kind == "train" or not pace:
         return None
     left = max(0, int(progress["total_steps"]) - int(progress["step"]))
-    # A step of training is a global batch, a step of inference is a row.
-    per_step = job.spec["hyperparameters"]["batch_size"] if job.kind == "train" else 1
-    return round(left * per_step / float(pace), 1)
+    return round(left / float(pace), 1)
 
 
 def failure_view(failure_class: str | None, failure: dict[str, Any] | None) -> FailureView | None:

@@ -12,7 +12,7 @@ from sqlmodel import Session, col, select
 
 from shared.capability import device_queue
 from shared.lifecycle import AttemptState, JobState, LeaseState
-from shared.messages import Hint
+from shared.messages import EndedAttempt, Hint
 from shared.store.dispatch import drop_hints
 from shared.store.engine import WAKE_ATTEMPT, after, db_now, wake
 from shared.store.guard import (
@@ -64,6 +64,8 @@ class Claimed:
     """Newest first, by step and then by attempt."""
     best: tuple[CommittedCheckpoint, ...]
     """The best models that those build on, in the same order."""
+    ended: tuple[EndedAttempt, ...] = ()
+    """The attempts before this one, oldest first."""
 
 
 def claim_rank(
@@ -118,6 +120,7 @@ def claim_rank(
         resolved=job.resolved,
         checkpoints=checkpoints,
         best=best,
+        ended=_ended(session, job.id, attempt.number),
     )
 
 
@@ -201,6 +204,26 @@ def _checkpoints(
     is_best = col(Checkpoint.best_step) == col(Checkpoint.step)
     best = session.exec(of_job.where(is_best, col(Checkpoint.step).in_(build_on))).all()
     return tuple(map(_committed, newest)), tuple(map(_committed, best))
+
+
+def _ended(session: Session, job_id: str, before: int) -> tuple[EndedAttempt, ...]:
+    query = (
+        select(Attempt)
+        .where(Attempt.job_id == job_id, Attempt.number < before)
+        .order_by(col(Attempt.number))
+    )
+    return tuple(
+        EndedAttempt(
+            number=row.number,
+            ranks=row.world_size,
+            failure_class=row.failure_class or row.state,
+            code=str((row.failure or {}).get("code", "")),
+            message=str((row.failure or {}).get("message", "")),
+            started_at=row.started_at,
+            finished_at=row.finished_at,
+        )
+        for row in session.exec(query).all()
+    )
 
 
 def _committed(row: Checkpoint) -> CommittedCheckpoint:

@@ -149,6 +149,7 @@ def training_assignment(
         resume_from=tuple(_reference(each, data) for each in claimed.checkpoints),
         best_from=tuple(_reference(each, data) for each in claimed.best),
         device_mtbf=device_mtbf,
+        ended=claimed.ended,
     )
 
 

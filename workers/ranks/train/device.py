@@ -16,6 +16,9 @@ from shared.messages import DeviceHandle
 from shared.specs import Precision
 from workers.ranks.train.failures import TrainingFailed
 
+_STATM = Path("/proc/self/statm")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
 
 @dataclass(frozen=True, slots=True)
 class Compute:
@@ -54,6 +57,14 @@ class Compute:
         """Until the device has done what it was given, copies to the host included."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def memory(self) -> int:
+        """Bytes, for people: on CUDA what tensors held at most so far; on the CPU, where nothing counts
+        tensors, the process's own pages now, those of mapped files left out."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        resident, shared = _STATM.read_text().split()[1:3]
+        return (int(resident) - int(shared)) * _PAGE
 
     def peak_memory(self) -> int | None:
         """Bytes that this rank took at most of its device: on CUDA what tensors held, and the allowance

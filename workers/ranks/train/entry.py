@@ -126,6 +126,14 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         )
     elif gang.rank == 0:
         tell_about_data(task, model_path, training, validation, reporter)
+    position.attempts.append(
+        {
+            "number": assignment.attempt,
+            "step": position.step,
+            "ranks": assignment.world_size,
+            "device": assignment.device.id,
+        }
+    )
     trainer = Trainer(
         spec=spec,
         task=task,

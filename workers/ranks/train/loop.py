@@ -91,7 +91,8 @@ class Trainer:
             best=best,
             device_mtbf=device_mtbf,
         )
-        self._telling = Telling(plan, reporter)
+        every = None if validation is None else self._evaluate_every
+        self._telling = Telling(plan, reporter, compute, every)
         self._order: tuple[int, Indices] | None = None
 
     def run(self, position: Position) -> Evaluation | None:
@@ -120,7 +121,7 @@ class Trainer:
             position.step += 1
             now = time.monotonic()
             position.seconds = before + now - began
-            self._telling.step(position.step, update, len(batch), now - step_began)
+            self._telling.step(position, update, len(batch), now - step_began)
             self._saver.after_step(now - step_began, update.signals[1])
             if self._evaluation_is_due(position.step):
                 evaluation = self._evaluate(position)
@@ -155,9 +156,12 @@ class Trainer:
         start = place * self._plan.global_batch
         return self._order[1][start : start + self._plan.global_batch]
 
+    @property
+    def _evaluate_every(self) -> int:
+        return self._options.eval_every_steps or self._plan.steps_per_epoch
+
     def _evaluation_is_due(self, step: int) -> bool:
-        every = self._options.eval_every_steps or self._plan.steps_per_epoch
-        return step % every == 0 or step == self._plan.total_steps
+        return step % self._evaluate_every == 0 or step == self._plan.total_steps
 
     def _evaluate(self, position: Position) -> Evaluation | None:
         if self._validation is None:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 from shared.messages import Metric, Progress
+from workers.ranks.train import history
+from workers.ranks.train.device import Compute
 from workers.ranks.train.order import BatchPlan
+from workers.ranks.train.pace import Pace
 from workers.ranks.train.reports import Reporter
+from workers.ranks.train.state import Position
 from workers.ranks.train.step import Update
 
 _TRAIN_METRICS = 100
@@ -14,14 +20,37 @@ _TRAIN_METRICS = 100
 class Telling:
     """Tells of the steps as they are done. On ranks other than 0 it comes to nothing."""
 
-    def __init__(self, plan: BatchPlan, reporter: Reporter) -> None:
+    def __init__(
+        self, plan: BatchPlan, reporter: Reporter, compute: Compute, evaluate_every: int | None
+    ) -> None:
+        """``evaluate_every``: steps from one evaluation to the next; None: there is none."""
         self._plan = plan
         self._reporter = reporter
+        self._compute = compute
+        self._pace = Pace(plan, evaluate_every)
         self._kept, self._spoken = _Means(), _Means()
 
-    def step(self, done: int, update: Update, examples: int, seconds: float) -> None:
-        """Of a step of ``examples`` that took ``seconds``; ``done`` steps are done with it."""
-        plan, reporter = self._plan, self._reporter
+    def step(self, position: Position, update: Update, examples: int, seconds: float) -> None:
+        """Of a step of ``examples`` that took ``seconds``; ``position`` is the place behind it, and keeps
+        the step in its history."""
+        plan, reporter, done = self._plan, self._reporter, position.step
+        memory = self._compute.memory()
+        self._pace.step(time.monotonic(), seconds)
+        history.add(
+            position.history,
+            done,
+            plan.total_steps,
+            history.Sample(
+                loss=update.loss,
+                norm=update.norm,
+                rate=update.rate,
+                examples=examples,
+                tokens=update.tokens,
+                seconds=seconds,
+                memory=memory,
+                at=time.time(),
+            ),
+        )
         for means in (self._kept, self._spoken):
             means.add(update, examples, seconds)
         epoch, place = plan.place(done - 1)
@@ -35,6 +64,9 @@ class Telling:
                 learning_rate=update.rate,
                 examples_per_second=self._spoken.examples_per_second,
                 tokens_per_second=self._spoken.tokens_per_second,
+                grad_norm=update.norm,
+                memory_bytes=memory,
+                eta_seconds=round(self._pace.left(done), 1),
             ),
             always=over,
         )
@@ -43,6 +75,9 @@ class Telling:
                 "loss": self._kept.loss,
                 "grad_norm": self._kept.norm,
                 "learning_rate": update.rate,
+                "examples_per_second": self._kept.examples_per_second,
+                "tokens_per_second": self._kept.tokens_per_second,
+                "memory_bytes": memory,
             }
             reporter.metric(Metric(split="train", step=done, values=values))
             self._kept = _Means()
@@ -58,6 +93,7 @@ class Telling:
         self, step: int, values: dict[str, float], examples: int, seconds: float
     ) -> None:
         """Of an evaluation on ``examples`` that took ``seconds``."""
+        self._pace.evaluation(time.monotonic(), seconds)
         self._reporter.metric(Metric(split="validation", step=step, values=values))
         shown = ", ".join(f"{name.replace('_', ' ')} {_shown(v)}" for name, v in values.items())
         self._reporter.say(
