@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import transformers
+from huggingface_hub import ModelCard
 
-from shared.messages import CheckpointWritten, Done, Metric, Report
+from shared.messages import CheckpointWritten, Done, Metric, Notice, Report
 from tests.training.cases import CASES, Case
 from tests.training.harness import Gang, make_assignment, write_rows
 
@@ -19,6 +20,12 @@ OPTIONS: dict[str, Any] = {
     "learning_rate": 5e-3,
     "warmup_ratio": 0.1,
 }
+
+SAMPLED = {
+    "entities", "parts-of-speech", "text2text", "summarization", "plain-text", "packed-text",
+    "completion", "chat", "preference", "preference-lora",
+}  # fmt: skip
+"""Cases whose report always shows samples; a classifier's shows mistakes, if it makes any."""
 
 
 class Material:
@@ -67,6 +74,22 @@ def test_the_model_loads_without_gpuyard(material: Material) -> None:
     _, info = auto.from_pretrained(material.trained.model, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     assert transformers.AutoTokenizer.from_pretrained(material.trained.model)("the old town")
+
+
+def test_it_is_written_up(material: Material) -> None:
+    case, gang = material.case, material.trained
+    assert not [n for n in gang.of(Notice) if n.code == "report_failed"], gang.log.read_text()
+    page = (gang.model.parent / "report.html").read_text()
+    assert "Course of the training" in page and "Evaluations" in page and "in one go" in page
+    reached = gang.done.summary["metrics"][case.metric]
+    card = ModelCard.load(gang.model / "README.md").data
+    values = {r.metric_name: r.metric_value for r in card.eval_results or ()}
+    assert values[case.metric] == reached
+    told = ("<dl>" in page or 'class="words"' in page) == (case.name in SAMPLED)
+    mistaken = (
+        case.name in ("single-label", "lora") and gang.done.summary["metrics"]["accuracy"] < 1
+    )
+    assert told or mistaken
 
 
 def test_killed_and_resumed_it_ends_bitwise_the_same(material: Material) -> None:

@@ -107,7 +107,14 @@ def test_artifacts_are_reported_as_they_lie_on_disk(trained: Gang) -> None:
     for name, report in reported.items():
         content = (artifacts / name).read_bytes()
         assert (report.size, report.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-        assert report.kind == ("metrics" if name == "metrics.json" else "model")
+    others = {name: r.kind for name, r in reported.items() if r.kind != "model"}
+    (events,) = [name for name in others if name.startswith("tensorboard/events.out.tfevents.")]
+    assert others == {
+        "metrics.json": "metrics",
+        "metrics.csv": "metrics",
+        "report.html": "report",
+        events: "file",
+    }
     metrics = json.loads((artifacts / "metrics.json").read_text())
     assert set(metrics["per_class"]) == set(TOPICS)
     assert metrics["best"]["accuracy"] >= metrics["evaluations"][0]["accuracy"]

@@ -1,4 +1,5 @@
-"""The end of a training: the model as anyone can load it, and its metrics, put in place whole."""
+"""The files that a training leaves, each put in place whole: the model as anyone can load it, its
+metrics, and what is written about it."""
 
 from __future__ import annotations
 
@@ -12,6 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from workers.ranks.checkpoint import place
 from workers.ranks.loading import quiet
+from workers.writeup import card, page
+from workers.writeup.events import write_events
+from workers.writeup.facts import Facts
+from workers.writeup.table import metrics_csv
 
 if TYPE_CHECKING:
     from workers.ranks.train.lora import Adapter
@@ -51,9 +56,36 @@ def deliver(
         tokenizer.save_pretrained(aside)
     finish(aside)
     place(aside, artifacts / "model")
-    aside = artifacts / f"{_ASIDE}metrics.json"
-    aside.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
-    place(aside, artifacts / "metrics.json")
+    text = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
+    written = _write(artifacts, "metrics.json", text)
     folders = [artifacts / name for name in ("adapter", "model")]
     files = sorted(file for each in folders for file in each.rglob("*") if file.is_file())
-    return [*files, artifacts / "metrics.json"]
+    return [*files, written]
+
+
+def write_card(folder: Path, facts: Facts) -> None:
+    """The model card, beside the model."""
+    (folder / "README.md").write_text(card.render(facts))
+
+
+def write_table(artifacts: Path, facts: Facts) -> list[Path]:
+    return [_write(artifacts, "metrics.csv", metrics_csv(facts))]
+
+
+def write_page(artifacts: Path, facts: Facts) -> list[Path]:
+    return [_write(artifacts, "report.html", page.render(facts))]
+
+
+def write_tensorboard(artifacts: Path, facts: Facts) -> list[Path]:
+    aside = artifacts / f"{_ASIDE}tensorboard"
+    shutil.rmtree(aside, ignore_errors=True)
+    write_events(aside, facts)
+    place(aside, artifacts / "tensorboard")
+    return sorted((artifacts / "tensorboard").iterdir())
+
+
+def _write(artifacts: Path, name: str, text: str) -> Path:
+    aside = artifacts / f"{_ASIDE}{name}"
+    aside.write_text(text, encoding="utf-8")
+    place(aside, artifacts / name)
+    return artifacts / name

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +15,9 @@ from shared.messages import Done, Failed, Ready, TrainAssignment
 from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError
 from workers.ranks.train.datasets import forget_datasets, write_out_datasets
-from workers.ranks.train.deliver import deliver
 from workers.ranks.train.device import Compute, open_device
 from workers.ranks.train.distillation import distil
+from workers.ranks.train.ending import Ending
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
 from workers.ranks.train.freezing import freeze
@@ -168,7 +167,11 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
             "stopped_early": trainer.stopped_early,
             "best": _best(position, task),
         }
-        _deliver(assignment, task, plan, position, evaluation, summary, adapter, reporter)
+        ending = Ending(
+            assignment, task, plan, position, evaluation, summary, training, validation, compute
+        )
+        ending.deliver(adapter, reporter)
+        reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
 
 
@@ -324,33 +327,6 @@ def _summary(
         if resumed
         else None,
     }
-
-
-def _deliver(
-    assignment: TrainAssignment,
-    task: Task,
-    plan: BatchPlan,
-    position: Position,
-    evaluation: Evaluation | None,
-    summary: Mapping[str, Any],
-    adapter: Adapter | None,
-    reporter: Reporter,
-) -> None:
-    metrics = {
-        **summary,
-        "labels": list(task.loaded.labels),
-        "global_batch": plan.global_batch,
-        "training_seconds": round(position.seconds, 3),
-        "evaluations": position.evaluations,
-        **(evaluation.details if evaluation else {}),
-    }
-    artifacts = Path(assignment.work_dir) / "artifacts"
-    model, tokenizer = task.loaded.model, task.unused_tokenizer
-    base = assignment.spec.model or ""
-    written = deliver(artifacts, model, tokenizer, metrics, task.finish, adapter, base)
-    for file in written:
-        reporter.artifact(artifacts, file)
-    reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")
 
 
 def _best(position: Position, task: Task) -> dict[str, Any] | None:

@@ -14,6 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from workers.writeup.facts import Point
+
 POINTS = 500
 """Rows of a whole training, at most."""
 _DIGITS = 7
@@ -40,24 +42,6 @@ class Sample:
     """Bytes."""
     at: float
     """Seconds since 1970."""
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """Means over the steps up to ``step`` since the point before."""
-
-    step: int
-    loss: float | None
-    """None where no step had a finite one."""
-    grad_norm: float | None
-    learning_rate: float
-    examples_per_second: float
-    tokens_per_second: float
-    memory_bytes: int
-    seconds: float
-    """Spent in steps since the training began."""
-    at: float
-    """When the step was done, in seconds since 1970."""
 
 
 def add(rows: list[Row], step: int, total_steps: int, sample: Sample) -> None:

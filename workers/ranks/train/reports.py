@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel
 
@@ -28,6 +29,14 @@ from workers.ranks.train.failures import Stopped, TrainingFailed
 RankChannel = Channel[Assignment | Measure | ComputeShards | JoinRendezvous | Stop | Preempt]
 _PROGRESS_SECONDS = 0.25
 _ASSIGNMENT_SECONDS = 60.0
+
+
+def _kind(name: str) -> Literal["model", "metrics", "report", "file"]:
+    if name.startswith(("model/", "adapter/")):
+        return "model"
+    if name == "report.html":
+        return "report"
+    return "metrics" if name.startswith("metrics.") else "file"
 
 
 class Reporter:
@@ -123,7 +132,7 @@ class Reporter:
         self.send(
             ArtifactWritten(
                 name=name,
-                kind="model" if name.startswith(("model/", "adapter/")) else "metrics",
+                kind=_kind(name),
                 path=str(file),
                 size=entry.size,
                 sha256=entry.sha256,

@@ -236,6 +236,12 @@ class Task(ABC):
     def finish(self, folder: Path) -> None:  # noqa: B027  most tasks add nothing
         """Add to the folder of the finished model what its users need beside model and tokenizer."""
 
+    def samples(self, examples: Examples, compute: Compute) -> list[dict[str, Any]]:  # noqa: ARG002
+        """A few validation examples with what the finished model makes of them, for people: texts by
+        name, or words with tags (``samples.py``). Rank 0 alone calls it, in inference mode, with the
+        model in ``eval`` mode; most tasks have none."""
+        return []
+
     @property
     def judged_by(self) -> str:
         """The metric that says which model is the best: the task's own, or what the spec names."""

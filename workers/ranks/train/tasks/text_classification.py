@@ -21,8 +21,12 @@ from workers.ranks.train.order import Indices, derive
 from workers.ranks.train.rows import Collector, class_of, read_chunks, tokenise
 from workers.ranks.train.tasks.base import Evaluation, Loaded, Sums, Task
 from workers.ranks.train.tasks.model import order_labels, text_limit, tokenizer_with_pad
+from workers.ranks.train.tasks.samples import looked_through, mistakes
 from workers.ranks.train.tasks.scores import by_label, count, score
 
+CONFUSED = 128
+"""Classes up to which an evaluation has a confusion matrix."""
+EVALUATED_AT_ONCE = 16
 SCORE = "score"
 """The name of a regression's one output."""
 
@@ -123,17 +127,31 @@ class SingleLabel(_Classification):
 
     @property
     def sums(self) -> int:
-        return 1 + 3 * len(self.loaded.labels)
+        classes = len(self.loaded.labels)
+        return 1 + classes * (classes if self._tells_confusions else 3)
+
+    @property
+    def _tells_confusions(self) -> bool:
+        """Whether it is counted which class is taken for which: that is a number for each two."""
+        return len(self.loaded.labels) <= CONFUSED
 
     def measure(self, model: nn.Module, batch: Batch) -> Sums:
         logits, truth = self.logits(model, batch), batch.targets["labels"]
         loss = float(cross_entropy(logits, truth, reduction="sum"))
         guess, classes = logits.argmax(dim=-1), len(self.loaded.labels)
+        if self._tells_confusions:
+            return np.array([loss, *count(truth * classes + guess, classes * classes)])
         hits = count(guess[guess == truth], classes)
         return np.array([loss, *hits, *count(guess, classes), *count(truth, classes)])
 
     def conclude(self, sums: Sums) -> Evaluation:
-        hits, predicted, support = sums[1:].reshape(3, -1)
+        details: dict[str, Any] = {}
+        if self._tells_confusions:
+            confusion = sums[1:].reshape(len(self.loaded.labels), -1)
+            hits, predicted, support = confusion.diagonal(), confusion.sum(0), confusion.sum(1)
+            details["confusion"] = confusion.astype(int).tolist()
+        else:
+            hits, predicted, support = sums[1:].reshape(3, -1)
         scores = score(hits, predicted, support)
         total = max(1.0, float(support.sum()))
         values = {
@@ -141,7 +159,25 @@ class SingleLabel(_Classification):
             "accuracy": float(hits.sum()) / total,
             "macro_f1": scores.macro_f1,
         }
-        return Evaluation(values, {"per_class": by_label(scores, self.loaded.labels)})
+        return Evaluation(values, {"per_class": by_label(scores, self.loaded.labels), **details})
+
+    def samples(self, examples: Examples, compute: Compute) -> list[dict[str, Any]]:
+        """Mistakes, the surest first."""
+        chosen = looked_through(examples, self.spec.hyperparameters.seed)
+        parts = []
+        for start in range(0, len(chosen), EVALUATED_AT_ONCE):
+            indices = chosen[start : start + EVALUATED_AT_ONCE]
+            logits = self.logits(
+                self.loaded.model, self.batch(examples, indices, 0).to(compute.device)
+            )
+            parts.append(logits.softmax(dim=-1).double().cpu().numpy())
+        tokenizer, tokens = self.loaded.tokenizer, examples.ragged["tokens"]
+        texts = [
+            str(tokenizer.decode(tokens[i].tolist(), skip_special_tokens=True))
+            for i in chosen.tolist()
+        ]
+        truth = examples.dense["label"][chosen].astype(np.int64)
+        return mistakes(np.concatenate(parts), truth, texts, self.loaded.labels)
 
 
 class MultiLabel(_Classification):

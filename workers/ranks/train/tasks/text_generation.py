@@ -17,6 +17,7 @@ from shared.lifecycle import FailureClass
 from shared.records import BadRow
 from shared.specs import PACKED_LENGTH, TrainSpec
 from workers.ranks.loading import LoadError, load_causal_lm, load_tokenizer
+from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import IGNORED, Batch, Examples, pad_tokens
 from workers.ranks.train.failures import DataProblem, TrainingFailed
 from workers.ranks.train.order import Indices
@@ -24,6 +25,7 @@ from workers.ranks.train.rows import Collector, read_chunks
 from workers.ranks.train.tasks.base import Loaded
 from workers.ranks.train.tasks.model import text_limit
 from workers.ranks.train.tasks.prediction import TokenPrediction
+from workers.ranks.train.tasks.samples import continuations
 from workers.ranks.train.tasks.spans import Encoded, encode_chat, encode_spans, runs
 
 
@@ -83,6 +85,16 @@ class TextGeneration(TokenPrediction):
         inputs, tokens = pad_tokens(examples.ragged["tokens"], indices, self.pad)
         learned = [examples.ragged["learned"][int(index)] for index in indices]
         return Batch(inputs, {"labels": next_tokens(inputs["input_ids"], learned)}, tokens)
+
+    def samples(self, examples: Examples, compute: Compute) -> list[dict[str, Any]]:
+        return continuations(
+            self.loaded.model,
+            self.loaded.tokenizer,
+            examples,
+            limit=self.loaded.max_length,
+            seed=self.spec.hyperparameters.seed,
+            compute=compute,
+        )
 
     def encode(self, chunk: Sequence[Placed], file: DataFile) -> Iterator[Encoded]:
         """The examples of a chunk, in their order, not cut. All but chats are tokenised together."""

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from shared.formats import DataFile
 from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError, load_token_classifier, load_tokenizer
+from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import IGNORED, Batch, Examples, pad_tokens
 from workers.ranks.train.order import Indices, derive
 from workers.ranks.train.rows import Collector, class_of, read_chunks
@@ -27,7 +28,9 @@ from workers.ranks.train.tasks.base import Evaluation, Loaded, Sums
 from workers.ranks.train.tasks.entities import count_entities, entity_kinds
 from workers.ranks.train.tasks.model import order_labels, text_limit, tokenizer_with_pad
 from workers.ranks.train.tasks.prediction import TokenPrediction
+from workers.ranks.train.tasks.samples import SAMPLES, tagged
 from workers.ranks.train.tasks.scores import Counts, by_label, count, score
+from workers.ranks.train.tasks.text2text import choose
 
 
 class TokenClassification(TokenPrediction):
@@ -106,6 +109,19 @@ class TokenClassification(TokenPrediction):
         values["recall"] = scores.micro_recall
         values["f1"] = scores.micro_f1
         return Evaluation(values, {"per_entity": by_label(scores, self.kinds)})
+
+    def samples(self, examples: Examples, compute: Compute) -> list[dict[str, Any]]:
+        seed, columns = self.spec.hyperparameters.seed, examples.ragged
+        chosen = choose(len(examples), SAMPLES, seed)
+        batch = self.batch(examples, chosen, seed).to(compute.device)
+        answer: Any = self.loaded.model(**batch.inputs)
+        guess = answer.logits.argmax(dim=-1).cpu().numpy()
+        found = []
+        for row, index in enumerate(chosen.tolist()):
+            tokens, truth = columns["tokens"][index], columns["labels"][index]
+            own = guess[row, : len(tokens)]
+            found.append(tagged(self.loaded.tokenizer, tokens, truth, own, self.loaded.labels))
+        return found
 
     def _by_tag(self, truth: torch.Tensor, guess: torch.Tensor, known: torch.Tensor) -> Counts:
         truth, guess, classes = truth[known], guess[known], len(self.loaded.labels)
