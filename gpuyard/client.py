@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from gpuyard import streams, transfer
+from gpuyard import fetching, streams, transfer
 from gpuyard.connection import find_connection
 from gpuyard.errors import JobFailed, WaitTimedOut
 from gpuyard.references import with_uploads
@@ -339,6 +339,29 @@ class Client:
         return self._transport.read(
             self._transport.request("POST", "/v1/models", json=body), ModelView
         )
+
+    def fetch_model(
+        self, reference: str, to: str | Path, *, on_bytes: OnBytes | None = None
+    ) -> Path:
+        """Fetch all files of a version into the folder ``to``, which any ``from_pretrained`` of Transformers
+        takes then. It appears whole and checked, or not at all; a fetch that was broken off goes on
+        where it was, and one that is repeated changes nothing.
+
+        Raises:
+            NotFound: there is no such version.
+            Conflict: ``to`` is there already and holds something else.
+            CorruptDownload: what arrived does not have the SHA-256 that it should have.
+        """
+        model = self.model(reference)
+        files = {
+            str(_inside(artifact.name).relative_to("model")): artifact
+            for artifact in self.artifacts(model.job_id)
+            if artifact.name.startswith("model/")
+        }
+        if not files:
+            raise NotFound(f"{model.job_id} has no files of {model.reference}", param="model")
+        job = _segment(model.job_id)
+        return fetching.fetch_folder(self._transport, job, files, Path(to), on_bytes)
 
     def change_model(
         self, reference: str, *, stage: str | None = None, tags: Iterable[str] | None = None

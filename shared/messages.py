@@ -80,6 +80,18 @@ DEVICE_MTBF = 7 * 86400.0
 """Seconds of a device's work from one failure to the next, where nothing else is known: a week."""
 
 
+class Tracking(Message):
+    """Which services hear of a training besides gpuyard, by settings of the worker."""
+
+    mlflow_uri: str | None = None
+    mlflow_experiment: str = "gpuyard"
+    wandb: bool = False
+
+    @property
+    def wanted(self) -> bool:
+        return self.wandb or self.mlflow_uri is not None
+
+
 class EndedAttempt(Message):
     """An attempt before this one, and why it ended."""
 
@@ -125,6 +137,7 @@ class TrainAssignment(Message):
     """Seconds of a device's work from one failure to the next, on average, as far as is known."""
     ended: tuple[EndedAttempt, ...] = ()
     """The attempts before this one, oldest first: for the report."""
+    tracking: Tracking = Tracking()
 
 
 class InferAssignment(Message):

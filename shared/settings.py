@@ -68,6 +68,12 @@ class Settings(BaseSettings):
     max_log_bytes: int = Field(16 * 1024**2, gt=0)
     """Log kept in the store, per rank of an attempt; the whole stays in the attempt's folder."""
 
+    mlflow_tracking_uri: str | None = None
+    """Where workers tell an MLflow of trainings (needs ``mlflow-skinny`` or ``mlflow``)."""
+    mlflow_experiment: str = "gpuyard"
+    wandb: bool = False
+    """Whether workers tell Weights & Biases of trainings (needs ``wandb``), as its own variables say."""
+
     @field_validator("model_roots", "data_roots", mode="before")
     @classmethod
     def _split_paths(cls, value: object) -> object:

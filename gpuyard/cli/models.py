@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from gpuyard.cli import render
 from gpuyard.cli.command import ApiKey, Json, Url, command, guarded
 from gpuyard.cli.session import Session, write
+from gpuyard.cli.transfers import transfer_bar
 from shared.views import ModelView
 
 Reference = Annotated[str, typer.Argument(metavar="NAME@VERSION", help="For instance topics@2.")]
@@ -29,6 +31,7 @@ def register(app: typer.Typer) -> None:
     command(group, "list")(list_models)
     command(group, "show")(show)
     command(group, "publish")(publish)
+    command(group, "fetch")(fetch)
     command(group, "stage")(stage)
     command(group, "tag")(tag)
     command(group, "delete")(delete)
@@ -58,6 +61,26 @@ def publish(
 ) -> None:
     """Publish the model of a job as the next version of NAME; prints what specs call it."""
     _tell(session, session.client.publish(job, name, tags or ()))
+
+
+def fetch(
+    session: Session,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME[@VERSION]",
+            help="A version's number, latest (if left out), or a stage.",
+        ),
+    ],
+    to: Annotated[Path, typer.Argument(metavar="FOLDER", help="One that is not there yet.")],
+) -> None:
+    """Fetch the files of a model, checked by SHA-256, as a folder for from_pretrained."""
+    with transfer_bar(session, model) as on_bytes:
+        folder = session.client.fetch_model(model, to, on_bytes=on_bytes)
+    if session.json:
+        session.emit({"path": str(folder), "model": model})
+    else:
+        write(f"{folder}\n")
 
 
 def stage(

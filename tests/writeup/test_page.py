@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_names_at_the_ends_of_lines_do_not_meet() -> None:
     names = [t for t in svg.iter("text") if (t.get("class") or "").startswith("name")]
     places = sorted(float(t.get("y") or 0) for t in names)
     assert len(places) == 4
-    assert all(b - a >= 28 for a, b in zip(places, places[1:], strict=False))
+    assert all(b - a >= 28 for a, b in pairwise(places))
 
 
 @pytest.mark.parametrize(

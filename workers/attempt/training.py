@@ -14,6 +14,7 @@ from shared.messages import (
     JoinRendezvous,
     Preempt,
     Stop,
+    Tracking,
     TrainAssignment,
 )
 from shared.resolved import Resolved, ResolvedInput
@@ -150,6 +151,11 @@ def training_assignment(
         best_from=tuple(_reference(each, data) for each in claimed.best),
         device_mtbf=device_mtbf,
         ended=claimed.ended,
+        tracking=Tracking(
+            mlflow_uri=site.settings.mlflow_tracking_uri,
+            mlflow_experiment=site.settings.mlflow_experiment,
+            wandb=site.settings.wandb,
+        ),
     )
 
 

@@ -78,6 +78,8 @@ class Ending:
                 written += _try(partial(write, artifacts, facts), what, reporter) or []
         for file in written:
             reporter.artifact(artifacts, file)
+        if reporter.tracking is not None:
+            reporter.tracking.keep([file for file in written if file.parent == artifacts])
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from workers.ranks.train.stopping import best_of
 from workers.ranks.train.tasks import Task, open_task
 from workers.ranks.train.tasks.base import Evaluation, Objective
 from workers.ranks.train.tasks.preferences import Preferences
+from workers.ranks.train.tracking import Tracking
 
 if TYPE_CHECKING:
     from workers.ranks.train.lora import Adapter
@@ -62,9 +63,11 @@ def main(channel: RankChannel) -> int:
     """
     reporter = Reporter(channel)
     assignment: TrainAssignment | None = None
+    ok = False
     try:
         assignment = reporter.receive_assignment()
         _run(assignment, reporter)
+        ok = True
     except Stopped as order:
         reporter.say(f"stopped: {order}")
         return STOPPED
@@ -74,6 +77,8 @@ def main(channel: RankChannel) -> int:
     except BaseException as error:
         return _fail(reporter, assignment.attempt_id if assignment else "", error)
     finally:
+        if reporter.tracking is not None and not ok:
+            reporter.tracking.close(ok=False)
         if assignment is not None:
             forget_datasets(assignment)
     return SUCCEEDED
@@ -151,6 +156,8 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         best=resumed.best if resumed else None,
         device_mtbf=assignment.device_mtbf,
     )
+    if gang.rank == 0 and assignment.tracking.wanted:
+        reporter.tracking = Tracking(assignment, reporter)
     reporter.send(Ready(seconds=time.monotonic() - began))
 
     compute.watch_memory()
@@ -172,6 +179,8 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         )
         ending.deliver(adapter, reporter)
         reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")
+    if reporter.tracking is not None:
+        reporter.tracking.close(ok=True)  # once it is reported, little time is left
     reporter.send(Done(attempt_id=assignment.attempt_id, summary=summary))
 
 

@@ -25,6 +25,7 @@ from shared.messages import (
 from workers.channel import Channel, ChannelClosed
 from workers.ranks.checkpoint import digest
 from workers.ranks.train.failures import Stopped, TrainingFailed
+from workers.ranks.train.tracking import Tracking
 
 RankChannel = Channel[Assignment | Measure | ComputeShards | JoinRendezvous | Stop | Preempt]
 _PROGRESS_SECONDS = 0.25
@@ -48,6 +49,8 @@ class Reporter:
         self._next_progress = 0.0
         self._preempt: Preempt | None = None
         self._leave_by = 0.0
+        self.tracking: Tracking | None = None
+        """Who else hears of what is measured, once somebody does."""
 
     @property
     def asked_back(self) -> str | None:
@@ -124,6 +127,8 @@ class Reporter:
     def metric(self, metric: Metric) -> None:
         if self._speaks:
             self.send(metric)
+            if self.tracking is not None:
+                self.tracking.metric(metric)
 
     def artifact(self, artifacts: Path, file: Path) -> None:
         """Report a deliverable that is in place below ``artifacts``."""
