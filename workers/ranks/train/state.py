@@ -22,8 +22,8 @@ from shared.specs import TrainSpec
 from workers.ranks.checkpoint import CheckpointDamaged, read_state, read_tensors
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
-from workers.ranks.train.order import same_bits
 from workers.ranks.train.history import Row
+from workers.ranks.train.order import same_bits
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.stopping import Best
 
