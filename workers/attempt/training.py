@@ -16,6 +16,7 @@ from shared.messages import (
     Stop,
     TrainAssignment,
 )
+from shared.micro_batch import rows_at_once
 from shared.resolved import Resolved, ResolvedInput
 from shared.specs import TrainSpec
 from shared.store.claim import Claimed, CommittedCheckpoint
@@ -40,7 +41,8 @@ from workers.launch import Exit, RankProcess, launch
 log = logging.getLogger(__name__)
 
 PEER_LOST = "peer_lost"
-PEER_PATIENCE = 3.0
+PEER_PATIENCE = 10.0
+"""Seconds. It is waited for so long only where nobody says more: a host is gone with its worker."""
 
 
 def run_training(
@@ -106,6 +108,9 @@ def run_training(
             exit,
             out_of_memory=oom.struck(),
             last_words=last_line(log_path),
+            rows_at_once=rows_at_once(
+                TrainSpec.model_validate(claimed.spec), claimed.world_size, claimed.micro_batch
+            ),
         )
 
 
@@ -143,6 +148,7 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         validation_format=validation.format if validation else "jsonl",
         work_dir=str(folder.path),
         cache_dir=str(_cache(data)),
+        micro_batch=claimed.micro_batch,
         resume_from=tuple(_reference(each, data) for each in claimed.checkpoints),
         best_from=tuple(_reference(each, data) for each in claimed.best),
     )

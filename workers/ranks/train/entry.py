@@ -96,6 +96,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     _require_fitting_tokenizer(task, training, validation)
 
     model.to(compute.device)  # type: ignore[arg-type]
+    reporter.rows_at_once = min(plan.micro_batch, -(-len(training) // plan.ranks))
     if isinstance(task, Preferences):
         training, validation = add_reference(
             assignment, task, training, validation, compute, gang, reporter
@@ -140,6 +141,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         checkpoints=Path(assignment.work_dir) / "checkpoints",
         fingerprint=own,
         best=resumed.best if resumed else None,
+        evaluation_batch=assignment.micro_batch or max(plan.micro_batch, 16),
     )
     reporter.send(Ready(seconds=time.monotonic() - began))
 
@@ -197,7 +199,7 @@ def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedu
             examples=examples,
             ranks=assignment.world_size,
             global_batch=options.batch_size,
-            micro_batch=sizes.micro_batch,
+            micro_batch=assignment.micro_batch or sizes.micro_batch,
             widest=sizes.usable[-1] if assignment.spec.elastic else None,
             epochs=options.epochs,
             max_steps=options.max_steps,
@@ -374,7 +376,7 @@ def _leave(reporter: Reporter, assignment: TrainAssignment, end: Preempted) -> i
 
 def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:
     """Report what ended the rank. The log gets a traceback only where nobody foresaw the error."""
-    failure = explain(error)
+    failure = explain(error, reporter.rows_at_once)
     if failure.code == "peer_lost" and (order := _waiting_stop(reporter)) is not None:
         reporter.say(f"stopped: {order}")
         return STOPPED
@@ -389,6 +391,9 @@ def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:
                 code=failure.code,
                 message=failure.message,
                 hint=failure.hint,
+                rows_at_once=reporter.rows_at_once
+                if failure.failure_class is FailureClass.OUT_OF_MEMORY
+                else None,
             )
         )
     except Stopped:

@@ -52,8 +52,10 @@ class Trainer:
         checkpoints: Path,
         fingerprint: Fingerprint,
         best: CheckpointRef | None,
+        evaluation_batch: int,
     ) -> None:
-        """``best``: where rank 0 finds the best model so far, if another attempt has made it."""
+        """``best``: where rank 0 finds the best model so far, if another attempt has made it.
+        ``evaluation_batch``: examples that a rank judges at once."""
         self._spec = spec
         self._options = spec.hyperparameters
         self._task = task
@@ -64,6 +66,7 @@ class Trainer:
         self._compute = compute
         self._gang = gang
         self._reporter = reporter
+        self._evaluation_batch = evaluation_batch
         self._first_step = 0
         self.stopped_early = False
         self._stepper = Stepper(
@@ -171,7 +174,7 @@ class Trainer:
         return self._task.evaluate(
             self._model,
             validation,
-            batch_size=max(self._plan.micro_batch, 16),
+            batch_size=self._evaluation_batch,
             compute=self._compute,
             gang=self._gang,
         )

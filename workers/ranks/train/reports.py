@@ -39,6 +39,8 @@ class Reporter:
         self._next_progress = 0.0
         self._preempt: Preempt | None = None
         self._leave_by = 0.0
+        self.rows_at_once: int | None = None
+        """What the rank holds of the data, from when it begins to compute: said where memory runs out."""
 
     @property
     def asked_back(self) -> str | None:
