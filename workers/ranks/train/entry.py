@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 3
 """Exit codes. ``STOPPED``: the worker ordered it, or is gone."""
+_FORESEEN = ("peer_lost", "out_of_memory")
+"""Failures of libraries whose traceback tells nobody more."""
 
 
 def main(channel: RankChannel) -> int:
@@ -380,7 +382,7 @@ def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:
     if failure.code == "peer_lost" and (order := _waiting_stop(reporter)) is not None:
         reporter.say(f"stopped: {order}")
         return STOPPED
-    if not isinstance(error, TrainingFailed | LoadError) and failure.code != "peer_lost":
+    if not isinstance(error, TrainingFailed | LoadError) and failure.code not in _FORESEEN:
         traceback.print_exception(error)
     reporter.say(f"failed: {failure.message}" + (f" {failure.hint}" if failure.hint else ""))
     try:

@@ -57,7 +57,11 @@ _PEER_GONE = re.compile(
     r"socket (timeout|closed)|timed out waiting|unhandled system error",
     re.IGNORECASE,
 )
-_OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    # The last is what oneDNN says.
+    r"allocate memory|out of memory|not enough memory|could not create a (primitive|memory)",
+    re.IGNORECASE,
+)
 _DISK_FULL = re.compile(r"no space left|os error 28|disk quota exceeded", re.IGNORECASE)
 
 
