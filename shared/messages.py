@@ -100,6 +100,8 @@ class TrainAssignment(Message):
     """What attempts and jobs share, made by the worker: tokenised data. None: nothing is kept."""
     micro_batch: int | None = None
     """What a rank is to hold at once, where memory had run out with more before; None: as the spec says."""
+    hung_after: float = 60.0
+    """Seconds after which a rank that gives no sign of life is taken to hang; 0: none ever is."""
     resume_from: tuple[CheckpointRef, ...] = ()
     """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
     best_from: tuple[CheckpointRef, ...] = ()

@@ -52,9 +52,7 @@ class GiveUp:
     reason: str
 
 
-def decide(
-    policy: Retry, ends: Sequence[End], less: LessAtOnce | None = None
-) -> TryAgain | GiveUp:
+def decide(policy: Retry, ends: Sequence[End], less: LessAtOnce | None = None) -> TryAgain | GiveUp:
     """What follows the newest of ``ends`` (oldest first, one per ended attempt of the job).
 
     User and data errors, cancellation and deadlines are final. A training that ran out of memory goes
@@ -96,7 +94,6 @@ def _counted(ends: Sequence[End]) -> list[FailureClass]:
         for end, after in zip(ends, following, strict=True)
         if end.failure_class not in _FREE
         and not (
-            end.failure_class is FailureClass.OUT_OF_MEMORY
-            and after.micro_batch != end.micro_batch
+            end.failure_class is FailureClass.OUT_OF_MEMORY and after.micro_batch != end.micro_batch
         )
     ]

@@ -46,9 +46,7 @@ histories = st.lists(ends, min_size=1, max_size=30)
 
 
 @given(policy=policies, failures=histories)
-def test_every_failure_has_an_answer_with_a_reason(
-    policy: Retry, failures: list[End]
-) -> None:
+def test_every_failure_has_an_answer_with_a_reason(policy: Retry, failures: list[End]) -> None:
     decision = decide(policy, failures)
     newest = failures[-1].failure_class
     assert decision.reason.startswith(newest)

@@ -149,6 +149,7 @@ def training_assignment(site: Site, claimed: Claimed, folder: AttemptFolder) -> 
         work_dir=str(folder.path),
         cache_dir=str(_cache(data)),
         micro_batch=claimed.micro_batch,
+        hung_after=site.settings.hung_after,
         resume_from=tuple(_reference(each, data) for each in claimed.checkpoints),
         best_from=tuple(_reference(each, data) for each in claimed.best),
     )

@@ -23,6 +23,7 @@ from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
 from workers.ranks.train.freezing import freeze
 from workers.ranks.train.gang import join
+from workers.ranks.train.health.health import Health
 from workers.ranks.train.labels import share_labels
 from workers.ranks.train.loop import Trainer
 from workers.ranks.train.notices import tell_about_data
@@ -127,6 +128,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         )
     elif gang.rank == 0:
         tell_about_data(task, model_path, training, validation, reporter)
+    health = Health(assignment, gang, reporter)
     trainer = Trainer(
         spec=spec,
         task=task,
@@ -143,13 +145,15 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         checkpoints=Path(assignment.work_dir) / "checkpoints",
         fingerprint=own,
         best=resumed.best if resumed else None,
+        health=health,
         evaluation_batch=assignment.micro_batch or max(plan.micro_batch, 16),
     )
     reporter.send(Ready(seconds=time.monotonic() - began))
 
     compute.watch_memory()
     first, train_began = position.step, time.monotonic()
-    evaluation = trainer.run(position)
+    with health.watching():
+        evaluation = trainer.run(position)
     seconds = time.monotonic() - train_began
     gang.leave()
 

@@ -43,6 +43,18 @@ class DataProblem(TrainingFailed):
         )
 
 
+class Diverged(TrainingFailed):
+    """Loss or gradient is no longer finite."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            FailureClass.USER_ERROR,
+            "diverged",
+            message,
+            "Lower hyperparameters.learning_rate, add warm-up, or keep max_grad_norm set.",
+        )
+
+
 class Stopped(Exception):
     """The worker ordered the rank to end, or is gone. Nothing is reported: nobody waits for it."""
 

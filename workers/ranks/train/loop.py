@@ -17,8 +17,9 @@ from shared.messages import CheckpointRef
 from shared.specs import TrainSpec
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Examples
-from workers.ranks.train.failures import Preempted
+from workers.ranks.train.failures import Diverged, Preempted
 from workers.ranks.train.gang import Gang
+from workers.ranks.train.health.health import Health
 from workers.ranks.train.order import BatchPlan, Indices, epoch_order
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.saving import Saver, best_model
@@ -53,6 +54,7 @@ class Trainer:
         fingerprint: Fingerprint,
         best: CheckpointRef | None,
         evaluation_batch: int,
+        health: Health,
     ) -> None:
         """``best``: where rank 0 finds the best model so far, if another attempt has made it.
         ``evaluation_batch``: examples that a rank judges at once."""
@@ -67,6 +69,7 @@ class Trainer:
         self._gang = gang
         self._reporter = reporter
         self._evaluation_batch = evaluation_batch
+        self._health = health
         self._first_step = 0
         self.stopped_early = False
         self._stepper = Stepper(
@@ -101,25 +104,34 @@ class Trainer:
         was evaluated, whenever training ended.
 
         Raises:
-            TrainingFailed: the loss is no longer finite, or early stopping names a metric that there is
-                none of (user_error).
+            Diverged: the loss is no longer finite (user_error).
+            TrainingFailed: early stopping names a metric that there is none of (user_error).
             Preempted: a rank's device was wanted back; the checkpoint of the step is durable.
             Stopped: the worker ordered it, or is gone; nothing further is written.
         """
         total = self._plan.total_steps
         began = time.monotonic()
         before, self._first_step = position.seconds, position.step
+        # That of the step that training began with, if it is resumed; what rank 0 says later.
+        checkpoint = position.step
         evaluation: Evaluation | None = None
         while position.step < total:
             self._reporter.check_orders()
             step_began = time.monotonic()
             batch = self._batch(position.step)
             wanted_back = float(self._has_to_leave(position, began))
-            update = self._stepper.step(position.step, batch, [wanted_back])
+            signals = [wanted_back, float(self._saver.written_step or 0)]
+            try:
+                update = self._stepper.step(position.step, batch, signals)
+            except Diverged as end:
+                raise self._health.explain(end, checkpoint or None) from None
+            checkpoint = max(checkpoint, int(update.signals[1]))
             position.step += 1
             now = time.monotonic()
             position.seconds = before + now - began
             self._telling.step(position.step, update, len(batch), now - step_began)
+            whole = len(batch) == self._plan.global_batch
+            self._health.after_step(position.step, update, whole=whole, seconds=now - step_began)
             if self._evaluation_is_due(position.step):
                 evaluation = self._evaluate(position)
                 if self._ends_early(position):

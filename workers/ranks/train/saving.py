@@ -47,6 +47,8 @@ class Saver:
         self._blocked = 0.0
         self._saved = time.monotonic()
         self._saved_step: int | None = None
+        self.written_step: int | None = None
+        """That of the newest checkpoint that is durable, of those that this rank has written."""
         self._best_step: int | None = None
         self.best = best
         """The checkpoint of the best model so far, on rank 0, once its writing has been waited for."""
@@ -104,6 +106,7 @@ class Saver:
                 id="own", step=report.step, path=report.path, manifest=report.manifest
             )
         self._reporter.send(report)
+        self.written_step = written.step
         which = ", the best so far" if report.best else ""
         self._reporter.say(
             f"checkpoint of step {written.step}{which}: {size / 1e6:.1f} MB in "
