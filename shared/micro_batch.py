@@ -10,23 +10,18 @@ from __future__ import annotations
 from shared.specs import TrainSpec
 
 
-def rows_at_once(spec: TrainSpec, world_size: int, micro_batch: int | None) -> int:
+def rows_at_once(spec: TrainSpec, micro_batch: int | None) -> int:
     """The micro-batch of an attempt; ``micro_batch`` is its own, where memory had run out before."""
-    if micro_batch is not None:
-        return micro_batch
-    share = max(1, spec.hyperparameters.batch_size // world_size)
-    return min(spec.hyperparameters.micro_batch_size or share, share)
+    return micro_batch or spec.world_sizes.micro_batch
 
 
-def smaller_micro_batch(
-    spec: TrainSpec, world_size: int, micro_batch: int | None, held: int
-) -> int | None:
+def smaller_micro_batch(spec: TrainSpec, micro_batch: int | None, held: int) -> int | None:
     """The micro-batch to go on with after memory ran out with ``held`` rows at once: half of them, or
     less where the batch would not divide. None: there is nothing smaller, or the micro-batch is part of
     what is trained, as in embeddings, which learn from its pairs.
     """
     if spec.task == "embeddings":
         return None
-    now = rows_at_once(spec, world_size, micro_batch)
-    # A divisor of what divided the batch divides it as well.
+    now = rows_at_once(spec, micro_batch)
+    # A divisor of what divides the batch divides it as well, on every number of ranks.
     return max((n for n in range(1, held // 2 + 1) if now % n == 0), default=None)

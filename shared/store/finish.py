@@ -17,8 +17,9 @@ from shared.micro_batch import smaller_micro_batch
 from shared.specs import Retry, TrainSpec
 from shared.store.dispatch import drop_hints
 from shared.store.engine import WAKE_ATTEMPT, WAKE_SCHEDULER, after, db_now, wake
-from shared.store.footprints import record_peak
+from shared.store.footprints import BEYOND, record_out_of_memory, record_peak
 from shared.store.guard import (
+    Held,
     Holder,
     held,
     lock_job,
@@ -30,7 +31,7 @@ from shared.store.guard import (
 )
 from shared.store.models import publish_locked
 from shared.store.report import row_totals
-from shared.tables import Attempt, Job, Lease
+from shared.tables import Attempt, Device, Job, Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,8 @@ def finish_rank(session: Session, holder: Holder, summary: dict[str, Any]) -> bo
     release(lease)
     lease.succeeded = True
     peak = summary.get("peak_memory_bytes")
-    if job.footprint_key is not None and isinstance(peak, int) and peak > 0:
+    as_submitted = attempt.micro_batch is None  # what is known is about that
+    if as_submitted and job.footprint_key is not None and isinstance(peak, int) and peak > 0:
         record_peak(session, job.footprint_key, peak)
     if holder.rank == 0:
         job.summary = storable(summary)
@@ -93,12 +95,30 @@ def fail_rank(session: Session, holder: Holder, failure: Failure) -> bool:
     if rows is None:
         return False
     release(rows.lease)
-    # MERGE footprint: here, while the job is not queued yet (it goes on where it was, with less at once):
-    #   if failure.rows_at_once is not None and attempt.micro_batch is None and job.footprint_key:
-    #       device = session.get(Device, rows.lease.device_id)
-    #       record_out_of_memory(session, job.footprint_key, device.memory_bytes)
+    if failure.failure_class is FailureClass.OUT_OF_MEMORY:
+        # Before the job is queued: it goes on where it was, with less at once.
+        _remember_out_of_memory(session, rows)
     _end(session, rows.job, rows.attempt, AttemptState.FAILED, failure)
     return True
+
+
+def _remember_out_of_memory(session: Session, rows: Held) -> None:
+    """The next training of this configuration is to have a larger device, if there is one. On a fleet
+    of equal devices it would wait for ever, and half of the rows may well fit."""
+    key, device = rows.job.footprint_key, session.get(Device, rows.lease.device_id)
+    if key is None or device is None or rows.attempt.micro_batch is not None:
+        return
+    larger = session.exec(
+        select(Device.id)
+        .where(
+            Device.accelerator == device.accelerator,
+            Device.state != "gone",
+            col(Device.memory_bytes) > int(device.memory_bytes * BEYOND),
+        )
+        .limit(1)
+    ).first()
+    if larger is not None:
+        record_out_of_memory(session, key, device.memory_bytes)
 
 
 def leave_attempt(session: Session, holder: Holder) -> bool:
@@ -246,5 +266,5 @@ def _less_at_once(job: Job, attempt: Attempt, failure: Failure) -> retry.LessAtO
     if failure.failure_class is not FailureClass.OUT_OF_MEMORY or held is None:
         return None
     spec = TrainSpec.model_validate(job.spec)
-    smaller = smaller_micro_batch(spec, attempt.world_size, attempt.micro_batch, held)
+    smaller = smaller_micro_batch(spec, attempt.micro_batch, held)
     return None if smaller is None else retry.LessAtOnce(held, smaller)

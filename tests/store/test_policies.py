@@ -111,8 +111,8 @@ def test_a_lack_of_memory_ends_with_a_row_at_once_and_costs_one_try(
     now: int | None = None
     before: list[End] = []
     while True:
-        held = min(rows_at_once(spec, ranks, now), -(-examples // ranks))
-        smaller = smaller_micro_batch(spec, ranks, now, held)
+        held = min(rows_at_once(spec, now), -(-examples // ranks))
+        smaller = smaller_micro_batch(spec, now, held)
         before.append(End(FailureClass.OUT_OF_MEMORY, now))
         less = None if smaller is None else LessAtOnce(held, smaller)
         decision = decide(policy, before, less)
@@ -134,8 +134,8 @@ def test_a_lack_of_memory_ends_with_a_row_at_once_and_costs_one_try(
 
 def test_the_micro_batch_of_embeddings_stays() -> None:
     spec = training(task="embeddings", batch_size=16)
-    assert rows_at_once(spec, 1, None) == 16
-    assert smaller_micro_batch(spec, 1, None, 16) is None
+    assert rows_at_once(spec, None) == 16
+    assert smaller_micro_batch(spec, None, 16) is None
 
 
 def training(task: str = "fill-mask", ranks: int = 1, **hyperparameters: Any) -> TrainSpec:

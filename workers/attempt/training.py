@@ -108,9 +108,7 @@ def run_training(
             exit,
             out_of_memory=oom.struck(),
             last_words=last_line(log_path),
-            rows_at_once=rows_at_once(
-                TrainSpec.model_validate(claimed.spec), claimed.world_size, claimed.micro_batch
-            ),
+            rows_at_once=rows_at_once(TrainSpec.model_validate(claimed.spec), claimed.micro_batch),
         )
 
 

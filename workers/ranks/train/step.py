@@ -135,8 +135,8 @@ class Stepper:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._work.end()
-        said, own = heard[: len(signals)], heard[len(signals) :]
-        return Update(mean, norm, token_sum, rate, said, own)
+        said, own_seconds = heard[: len(signals)], heard[len(signals) :]
+        return Update(mean, norm, token_sum, rate, said, own_seconds)
 
     def _without_sync(self) -> AbstractContextManager[None]:
         if isinstance(self._wrapped, DistributedDataParallel):
