@@ -112,8 +112,7 @@ class Trainer:
         total = self._plan.total_steps
         began = time.monotonic()
         before, self._first_step = position.seconds, position.step
-        # That of the step that training began with, if it is resumed; what rank 0 says later.
-        checkpoint = position.step
+        self._health.after_checkpoint(position.step)
         evaluation: Evaluation | None = None
         while position.step < total:
             self._reporter.check_orders()
@@ -124,8 +123,8 @@ class Trainer:
             try:
                 update = self._stepper.step(position.step, batch, signals)
             except Diverged as end:
-                raise self._health.explain(end, checkpoint or None) from None
-            checkpoint = max(checkpoint, int(update.signals[1]))
+                raise self._health.explain(end) from None
+            self._health.after_checkpoint(int(update.signals[1]))
             position.step += 1
             now = time.monotonic()
             position.seconds = before + now - began

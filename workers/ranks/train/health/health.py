@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,7 +21,9 @@ from workers.ranks.train.health.watch import Watch
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.step import Update
 
-_EPISODE_SECONDS = 10.0
+_CHECKPOINTS = 100
+"""That are remembered."""
+_PERSISTS = 10.0
 """Ranks are compared over so long, at least: what is shorter is no persistence."""
 
 
@@ -32,7 +35,8 @@ class Health:
         self._gang = gang
         self._reporter = reporter
         self._norms = NormWatch()
-        self._stragglers = Stragglers(least_seconds=_EPISODE_SECONDS)
+        self._stragglers = Stragglers(least_seconds=_PERSISTS)
+        self._checkpoints: deque[int] = deque(maxlen=_CHECKPOINTS)
         self._last: tuple[int, Update] | None = None
         self._leader_device: str = gang.share("leader_device", assignment.device.id)
         if gang.store is not None:
@@ -80,20 +84,35 @@ class Health:
             for straggler in self._stragglers.add(update.own_seconds, seconds):
                 self._tell(straggler)
 
-    def explain(self, end: Diverged, checkpoint: int | None) -> Diverged:
-        """``end`` with what is known of the steps before; ``checkpoint``: the step of the newest one."""
+    def after_checkpoint(self, step: int) -> None:
+        """There is a checkpoint of ``step``; 0: there is none."""
+        if step and step not in self._checkpoints:
+            self._checkpoints.append(step)
+
+    def explain(self, end: Diverged) -> Diverged:
+        """``end`` with what is known of the steps and the checkpoints before."""
         said = [end.message]
         if self._last is not None:
             step, update = self._last
             said.append(f"the last good loss was {update.loss:.4g}, at step {step}")
         if self._norms.since is not None:
             said.append(f"the gradient norm had been running away since step {self._norms.since}")
-        said.append(
-            "there is no checkpoint from before"
-            if checkpoint is None
-            else f"the last good checkpoint is that of step {checkpoint}"
-        )
+        said.append(self._last_checkpoints())
         return Diverged("; ".join(said))
+
+    def _last_checkpoints(self) -> str:
+        if not self._checkpoints:
+            return "there is no checkpoint"
+        since, newest = self._norms.since, self._checkpoints[-1]
+        good = [step for step in self._checkpoints if since is None or step < since]
+        if not good:
+            return f"the newest checkpoint is that of step {newest}, and there is none from before that"
+        if good[-1] == newest:
+            return f"the last good checkpoint is that of step {newest}"
+        return (
+            f"the newest checkpoint is that of step {newest}, the last good one was that of step "
+            f"{good[-1]}"
+        )
 
     def _tell(self, straggler: Straggler) -> None:
         device = self._device(straggler.rank)

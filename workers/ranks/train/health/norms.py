@@ -53,4 +53,4 @@ class NormWatch:
         return True
 
     def _grows(self, norm: float) -> bool:
-        return bool(self._growing) and norm >= _GROWTH * self._growing[-1]
+        return bool(self._growing) and norm > 0 and norm >= _GROWTH * self._growing[-1]
