@@ -129,6 +129,10 @@ class TrainAssignment(Message):
     ``artifacts/``. No other attempt writes there, so a stale one can spoil nothing."""
     cache_dir: str | None = None
     """What attempts and jobs share, made by the worker: tokenised data. None: nothing is kept."""
+    micro_batch: int | None = None
+    """What a rank is to hold at once, where memory had run out with more before; None: as the spec says."""
+    hung_after: float = 60.0
+    """Seconds after which a rank that gives no sign of life is taken to hang; 0: none ever is."""
     resume_from: tuple[CheckpointRef, ...] = ()
     """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
     best_from: tuple[CheckpointRef, ...] = ()
@@ -335,6 +339,8 @@ class Failed(Message):
     code: str
     message: str
     hint: str | None = None
+    rows_at_once: int | None = None
+    """Of a training that ran out of memory over its batches: what the rank held."""
 
 
 Report = (

@@ -21,9 +21,30 @@ MAX_OUT_OF_MEMORY = 2
 
 
 @dataclass(frozen=True, slots=True)
+class End:
+    """How an attempt ended."""
+
+    failure_class: FailureClass
+    micro_batch: int | None = None
+    """Of the attempt, where memory had run out with a larger one before."""
+
+
+@dataclass(frozen=True, slots=True)
+class LessAtOnce:
+    """What can be done about memory that ran out in a training."""
+
+    held: int
+    """Rows that a rank held when it ran out."""
+    micro_batch: int
+    """Rows that it is to hold next."""
+
+
+@dataclass(frozen=True, slots=True)
 class TryAgain:
     after_seconds: float
     reason: str
+    micro_batch: int | None = None
+    """What the next attempt is to hold at once, where it is less than before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +52,48 @@ class GiveUp:
     reason: str
 
 
-def decide(policy: Retry, failures: Sequence[FailureClass]) -> TryAgain | GiveUp:
-    """What follows the newest of ``failures`` (oldest first, one per ended attempt of the job).
+def decide(policy: Retry, ends: Sequence[End], less: LessAtOnce | None = None) -> TryAgain | GiveUp:
+    """What follows the newest of ``ends`` (oldest first, one per ended attempt of the job).
 
-    User and data errors, cancellation and deadlines are final. Out of memory is tried once more, in
-    case something else held the memory. Everything else is tried again until ``max_attempts``, with
+    User and data errors, cancellation and deadlines are final. A training that ran out of memory goes
+    on at once with ``less``, and that costs no try: each time it is half at most, so it comes to an end.
+    Where there is nothing less, out of memory is tried once more, in case something else held the
+    memory; not after smaller ones were tried. Everything else is tried again until ``max_attempts``, with
     a delay that doubles; preemptions and unclaimed attempts count for nothing.
     """
-    newest = failures[-1]
+    newest = ends[-1].failure_class
     if newest in _FINAL:
         return GiveUp(f"{newest}: {_FINAL[newest]}")
     if newest in _FREE:
         return TryAgain(0.0, f"{newest}: costs no try")
-    counted = [f for f in failures if f not in _FREE]
-    if len(counted) >= policy.max_attempts:
+    if newest is FailureClass.OUT_OF_MEMORY and less is not None:
+        return TryAgain(0.0, f"{newest} {_how(less)}; costs no try", less.micro_batch)
+    failures = [end.failure_class for end in ends]
+    if failures.count(FailureClass.OUT_OF_MEMORY) >= MAX_OUT_OF_MEMORY and (
+        newest is FailureClass.OUT_OF_MEMORY
+    ):
+        return GiveUp(f"{newest}: it ran out of memory {MAX_OUT_OF_MEMORY} times or more")
+    counted = len(_counted(ends))
+    if counted >= policy.max_attempts:
         return GiveUp(f"{newest}: all {policy.max_attempts} attempts are used up")
-    if counted.count(FailureClass.OUT_OF_MEMORY) >= MAX_OUT_OF_MEMORY:
-        return GiveUp(f"{newest}: it ran out of memory {MAX_OUT_OF_MEMORY} times")
-    delay = min(policy.backoff_seconds * 2 ** min(len(counted) - 1, 30), MAX_BACKOFF)
-    return TryAgain(delay, f"{newest}: attempt {len(counted)} of {policy.max_attempts} failed")
+    delay = min(policy.backoff_seconds * 2 ** min(counted - 1, 30), MAX_BACKOFF)
+    return TryAgain(delay, f"{newest}: attempt {counted} of {policy.max_attempts} failed")
+
+
+def _how(less: LessAtOnce) -> str:
+    rows = "1 row" if less.held == 1 else f"{less.held} rows"
+    return f"with {rows} at once: next with {less.micro_batch}, the global batch stays what it is"
+
+
+def _counted(ends: Sequence[End]) -> list[FailureClass]:
+    """Those that cost a try: none that is free, and no lack of memory that the next attempt answered
+    with a smaller micro-batch."""
+    following = [*ends[1:], ends[-1]]
+    return [
+        end.failure_class
+        for end, after in zip(ends, following, strict=True)
+        if end.failure_class not in _FREE
+        and not (
+            end.failure_class is FailureClass.OUT_OF_MEMORY and after.micro_batch != end.micro_batch
+        )
+    ]

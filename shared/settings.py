@@ -62,6 +62,10 @@ class Settings(BaseSettings):
     drain_grace: float = Field(30, ge=0)
     """What running attempts get on SIGTERM to the worker, to make a checkpoint or to end, before they
     are ended and tried again."""
+    hung_after: float = Field(60, ge=0)
+    """A rank of a training that gives no sign of life for so long, while others wait for it, hangs; so
+    does one that is alive and takes so long for its part of a step, and many times as long as usual.
+    The attempt then ends and is tried again. 0: none is ever taken to hang (to stop one in a debugger)."""
     rank_host: str | None = None
     """Address of this host for the ranks of a gang on several hosts; by default the one from which
     it reaches the broker."""

@@ -164,6 +164,7 @@ class Job(Table, table=True):
             "state <> 'cancelling' OR cancel_requested_at IS NOT NULL", name="cancelling_was_asked"
         ),
         CheckConstraint("token >= 0", name="token"),
+        CheckConstraint("micro_batch >= 1", name="micro_batch"),
         Index(
             "uq_jobs_idempotency",
             "created_by",
@@ -200,6 +201,8 @@ class Job(Table, table=True):
     priority: int = 0
     token: int = Field(default=0, sa_column=_big(default=0))
     """The fencing token of the newest attempt; rises by one with each."""
+    micro_batch: int | None = None
+    """Of the next attempt at a training, where memory ran out with a larger one."""
     waiting_reason: str | None = Field(default=None, sa_column=_text(nullable=True))
     """Why a queued job does not run yet, written by the scheduler."""
     not_before: datetime | None = Field(default=None, sa_column=_time())
@@ -229,6 +232,7 @@ class Attempt(Table, table=True):
             _one_of("failure_class", FailureClass, nullable=True), name="failure_class"
         ),
         CheckConstraint("number >= 1 AND token >= 1 AND world_size >= 1", name="numbers"),
+        CheckConstraint("micro_batch >= 1", name="micro_batch"),
         CheckConstraint(
             "(finished_at IS NOT NULL) = (state NOT IN ('dispatched', 'running'))",
             name="finished_iff_terminal",
@@ -251,6 +255,8 @@ class Attempt(Table, table=True):
     token: int = Field(sa_column=_big())
     state: str = Field(default=AttemptState.DISPATCHED, sa_column=_text())
     world_size: int
+    micro_batch: int | None = None
+    """What its ranks hold at once, where memory had run out with more before; null: as the spec says."""
     rendezvous: str | None = Field(default=None, sa_column=_text(nullable=True))
     """host:port where rank 0 listens."""
     failure_class: str | None = Field(default=None, sa_column=_text(nullable=True))

@@ -73,6 +73,8 @@ class AttemptView(View):
     token: int
     state: AttemptState
     world_size: int
+    micro_batch: int | None = None
+    """What its ranks held at once, where memory had run out with more before."""
     ranks: list[RankView] = []
     failure: FailureView | None = None
     created_at: datetime

@@ -136,6 +136,7 @@ def attempt_view(attempt: Attempt, leases: Sequence[Lease]) -> AttemptView:
         token=attempt.token,
         state=AttemptState(attempt.state),
         world_size=attempt.world_size,
+        micro_batch=attempt.micro_batch,
         ranks=[
             RankView(rank=x.rank, device_id=x.device_id, state=LeaseState(x.state)) for x in leases
         ],

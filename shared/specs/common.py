@@ -93,7 +93,13 @@ class Resources(Strict):
 class Retry(Strict):
     """How often a job is tried again after failures that are not the user's."""
 
-    max_attempts: int = Field(4, ge=1, le=100)
+    max_attempts: int = Field(
+        4,
+        ge=1,
+        le=100,
+        description="What costs none: preemption, and memory that ran out in a training that goes on with "
+        "fewer rows at once.",
+    )
     backoff_seconds: float = Field(2.0, ge=0, le=3600, description="Doubles with every failure.")
 
 

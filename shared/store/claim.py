@@ -58,6 +58,8 @@ class Claimed:
     kind: str
     attempt_number: int
     world_size: int
+    micro_batch: int | None
+    """Of this attempt, where memory had run out with a larger one before."""
     spec: dict[str, Any]
     resolved: dict[str, Any]
     checkpoints: tuple[CommittedCheckpoint, ...]
@@ -116,6 +118,7 @@ def claim_rank(
         kind=job.kind,
         attempt_number=attempt.number,
         world_size=attempt.world_size,
+        micro_batch=attempt.micro_batch,
         spec=job.spec,
         resolved=job.resolved,
         checkpoints=checkpoints,

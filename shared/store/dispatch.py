@@ -74,6 +74,7 @@ def dispatch_attempt(
         number=number,
         token=job.token,
         world_size=len(placed),
+        micro_batch=job.micro_batch,
     )
     session.add(attempt)
     session.flush()

@@ -13,11 +13,13 @@ from sqlmodel import Session, col, select
 
 from shared import retry
 from shared.lifecycle import AttemptState, FailureClass, JobState, LeaseState
-from shared.specs import Retry
+from shared.micro_batch import smaller_micro_batch
+from shared.specs import Retry, TrainSpec
 from shared.store.dispatch import drop_hints
 from shared.store.engine import WAKE_ATTEMPT, WAKE_SCHEDULER, after, db_now, wake
-from shared.store.footprints import record_peak
+from shared.store.footprints import BEYOND, record_out_of_memory, record_peak
 from shared.store.guard import (
+    Held,
     Holder,
     held,
     lock_job,
@@ -29,7 +31,7 @@ from shared.store.guard import (
 )
 from shared.store.models import publish_locked
 from shared.store.report import row_totals
-from shared.tables import Attempt, Job, Lease
+from shared.tables import Attempt, Device, Job, Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Failure:
     code: str
     message: str
     hint: str | None = None
+    rows_at_once: int | None = None
+    """What a training rank held when memory ran out; None: it was no matter of its batches."""
 
     def as_dict(self) -> dict[str, Any]:
         return dict(storable({"code": self.code, "message": self.message, "hint": self.hint}))
@@ -63,7 +67,8 @@ def finish_rank(session: Session, holder: Holder, summary: dict[str, Any]) -> bo
     release(lease)
     lease.succeeded = True
     peak = summary.get("peak_memory_bytes")
-    if job.footprint_key is not None and isinstance(peak, int) and peak > 0:
+    as_submitted = attempt.micro_batch is None  # what is known is about that
+    if as_submitted and job.footprint_key is not None and isinstance(peak, int) and peak > 0:
         record_peak(session, job.footprint_key, peak)
     if holder.rank == 0:
         job.summary = storable(summary)
@@ -90,8 +95,30 @@ def fail_rank(session: Session, holder: Holder, failure: Failure) -> bool:
     if rows is None:
         return False
     release(rows.lease)
+    if failure.failure_class is FailureClass.OUT_OF_MEMORY:
+        # Before the job is queued: it goes on where it was, with less at once.
+        _remember_out_of_memory(session, rows)
     _end(session, rows.job, rows.attempt, AttemptState.FAILED, failure)
     return True
+
+
+def _remember_out_of_memory(session: Session, rows: Held) -> None:
+    """The next training of this configuration is to have a larger device, if there is one. On a fleet
+    of equal devices it would wait for ever, and half of the rows may well fit."""
+    key, device = rows.job.footprint_key, session.get(Device, rows.lease.device_id)
+    if key is None or device is None or rows.attempt.micro_batch is not None:
+        return
+    larger = session.exec(
+        select(Device.id)
+        .where(
+            Device.accelerator == device.accelerator,
+            Device.state != "gone",
+            col(Device.memory_bytes) > int(device.memory_bytes * BEYOND),
+        )
+        .limit(1)
+    ).first()
+    if larger is not None:
+        record_out_of_memory(session, key, device.memory_bytes)
 
 
 def leave_attempt(session: Session, holder: Holder) -> bool:
@@ -204,18 +231,23 @@ def _cancelled(session: Session, job: Job, attempt: Attempt) -> None:
 
 def _retry_or_fail(session: Session, job: Job, attempt: Attempt, failure: Failure) -> None:
     ended = session.exec(
-        select(Attempt.failure_class)
+        select(Attempt.failure_class, Attempt.micro_batch)
         .where(Attempt.job_id == job.id, col(Attempt.failure_class).is_not(None))
         .order_by(col(Attempt.number))
     ).all()
-    decision = retry.decide(Retry(**job.spec["retry"]), [FailureClass(f) for f in ended if f])
+    ends = [retry.End(FailureClass(why), micro_batch) for why, micro_batch in ended if why]
+    less = _less_at_once(job, attempt, failure)
+    decision = retry.decide(Retry(**job.spec["retry"]), ends, less)
     if isinstance(decision, retry.TryAgain):
         move_job(job, JobState.QUEUED)
+        if decision.micro_batch is not None:
+            job.micro_batch = decision.micro_batch
         job.not_before = after(decision.after_seconds)  # type: ignore[assignment]
         job.waiting_reason = f"tried again after {failure.code}"
         tell(
             session, job, "retry", f"{decision.reason}; again in {decision.after_seconds:.0f} s",
             attempt=attempt.number,
+            **({"micro_batch": decision.micro_batch} if decision.micro_batch else {}),
         )  # fmt: skip
         return
     move_job(job, JobState.FAILED)
@@ -226,3 +258,13 @@ def _retry_or_fail(session: Session, job: Job, attempt: Attempt, failure: Failur
         session, job, "failed", failure.message,
         attempt=attempt.number, reason=decision.reason, **{"class": failure.failure_class},
     )  # fmt: skip
+
+
+def _less_at_once(job: Job, attempt: Attempt, failure: Failure) -> retry.LessAtOnce | None:
+    """What a training that ran out of memory can hold less of."""
+    held = failure.rows_at_once
+    if failure.failure_class is not FailureClass.OUT_OF_MEMORY or held is None:
+        return None
+    spec = TrainSpec.model_validate(job.spec)
+    smaller = smaller_micro_batch(spec, attempt.micro_batch, held)
+    return None if smaller is None else retry.LessAtOnce(held, smaller)

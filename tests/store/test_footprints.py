@@ -9,13 +9,15 @@ import pytest
 from sqlalchemy import text
 from sqlmodel import Session
 
+from shared.capability import GIB, Capability
 from shared.footprint import Configuration, configuration
+from shared.lifecycle import FailureClass
 from shared.resolved import Requirements, Resolved, ResolvedModel
 from shared.specs import TrainSpec
 from shared.store import Store
 from shared.store.claim import Claimed, claim_rank
 from shared.store.engine import WAKE_SCHEDULER
-from shared.store.finish import finish_rank
+from shared.store.finish import Failure, fail_rank, finish_rank
 from shared.store.footprints import (
     BEYOND,
     TRIES,
@@ -211,6 +213,33 @@ def test_a_training_that_succeeds_leaves_its_peak(store: Store) -> None:
     assert row(store).peak_bytes == 7 * GB
     assert needs_of(store, waiting) == (7 * GB, "remembered")
     assert needs_of(store, job) == (4 * GB, "estimate"), "what it was placed by"
+
+
+@pytest.mark.parametrize("larger_exists", [True, False])
+def test_a_training_that_runs_out_of_memory_goes_on_where_it_was_and_the_next_elsewhere(
+    store: Store, larger_exists: bool
+) -> None:
+    """Where no device is larger, the next one is not left waiting for one."""
+    small = world.register(store, "cpu0@a")
+    if larger_exists:
+        world.register(store, "cpu0@b", Capability("cpu", 0, 64 * GIB))
+    job, waiting = submit(store), submit(store)
+
+    def run() -> Claimed:
+        attempt = world.send(store, job, ("cpu0@a", "cpu"))
+        return world.claim(store, world.hints(store, attempt.id)[0], "cpu0@a", small)
+
+    first = run()
+    assert first.micro_batch is None
+    ran_out = Failure(FailureClass.OUT_OF_MEMORY, "out_of_memory", "too much", rows_at_once=32)
+    assert store.call(fail_rank, first.holder, ran_out)
+    assert needs_of(store, job) == (4 * GB, "estimate"), "it is placed as before"
+    outgrown = (int(world.CPU.memory_bytes * BEYOND), "remembered")
+    assert needs_of(store, waiting) == (outgrown if larger_exists else (4 * GB, "estimate"))
+    second = run()
+    assert second.micro_batch == 16
+    assert store.call(finish_rank, second.holder, {"peak_memory_bytes": 3 * GB})
+    assert row(store).peak_bytes is None, "it is that of another configuration"
 
 
 def test_a_measurement_waits_for_the_job_that_is_just_inserted(store: Store) -> None:

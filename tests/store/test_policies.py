@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -28,8 +29,9 @@ from shared.lifecycle import (
     job_may_become,
     job_states_leading_to,
 )
-from shared.retry import MAX_BACKOFF, GiveUp, TryAgain, decide
-from shared.specs import Retry
+from shared.micro_batch import rows_at_once, smaller_micro_batch
+from shared.retry import MAX_BACKOFF, End, GiveUp, LessAtOnce, TryAgain, decide
+from shared.specs import Retry, TrainSpec
 
 FINAL = {
     FailureClass.USER_ERROR,
@@ -39,18 +41,18 @@ FINAL = {
 }
 FREE = {FailureClass.PREEMPTED, FailureClass.UNCLAIMED}
 policies = st.builds(Retry, max_attempts=st.integers(1, 10), backoff_seconds=st.floats(0, 3600))
-histories = st.lists(st.sampled_from(FailureClass), min_size=1, max_size=30)
+ends = st.builds(End, st.sampled_from(FailureClass))
+histories = st.lists(ends, min_size=1, max_size=30)
 
 
 @given(policy=policies, failures=histories)
-def test_every_failure_has_an_answer_with_a_reason(
-    policy: Retry, failures: list[FailureClass]
-) -> None:
+def test_every_failure_has_an_answer_with_a_reason(policy: Retry, failures: list[End]) -> None:
     decision = decide(policy, failures)
-    assert decision.reason.startswith(failures[-1])
-    if failures[-1] in FINAL:
+    newest = failures[-1].failure_class
+    assert decision.reason.startswith(newest)
+    if newest in FINAL:
         assert isinstance(decision, GiveUp)
-    if failures[-1] in FREE:
+    if newest in FREE:
         assert decision == TryAgain(0.0, decision.reason)
     if isinstance(decision, TryAgain):
         assert 0 <= decision.after_seconds <= MAX_BACKOFF
@@ -64,25 +66,89 @@ def test_a_job_that_keeps_failing_comes_to_an_end(
 ) -> None:
     """After exactly ``max_attempts`` counted failures, or earlier when memory runs out twice."""
     for n in range(1, len(failures) + 1):
-        given_up = isinstance(decide(policy, failures[:n]), GiveUp)
+        given_up = isinstance(decide(policy, [End(f) for f in failures[:n]]), GiveUp)
         out_of_memory = failures[:n].count(FailureClass.OUT_OF_MEMORY) >= 2
         assert given_up == (n >= policy.max_attempts or out_of_memory)
+        if given_up:
+            return
 
 
-@given(policy=policies, failures=histories, free=st.lists(st.sampled_from(sorted(FREE))))
+@given(
+    policy=policies,
+    failures=histories,
+    free=st.lists(st.builds(End, st.sampled_from(sorted(FREE)))),
+)
 def test_what_costs_no_try_changes_nothing(
-    policy: Retry, failures: list[FailureClass], free: list[FailureClass]
+    policy: Retry, failures: list[End], free: list[End]
 ) -> None:
     assert decide(policy, [*free, *failures]) == decide(policy, failures)
 
 
 def test_the_delay_doubles() -> None:
     policy = Retry(max_attempts=100, backoff_seconds=2)
-    lost = [FailureClass.LOST_WORKER]
+    lost = [End(FailureClass.LOST_WORKER)]
     delays = [decide(policy, lost * n) for n in range(1, 12)]
     seconds = [d.after_seconds for d in delays if isinstance(d, TryAgain)]
     assert seconds[:4] == [2, 4, 8, 16]
     assert seconds[-1] == MAX_BACKOFF
+
+
+@given(
+    batch=st.integers(1, 5000),
+    ranks=st.integers(1, 8),
+    micro=st.none() | st.integers(1, 64),
+    examples=st.integers(1, 5000),
+    policy=policies,
+)
+def test_a_lack_of_memory_ends_with_a_row_at_once_and_costs_one_try(
+    batch: int, ranks: int, micro: int | None, examples: int, policy: Retry
+) -> None:
+    """Memory runs out with every micro-batch: each next one divides the batch and is half at most."""
+    batch *= ranks
+    if micro is not None and micro < batch // ranks:
+        batch = ranks * micro * (batch // ranks // micro)
+    spec = training(batch_size=batch, micro_batch_size=micro and min(micro, batch), ranks=ranks)
+    now: int | None = None
+    before: list[End] = []
+    while True:
+        held = min(rows_at_once(spec, now), -(-examples // ranks))
+        smaller = smaller_micro_batch(spec, now, held)
+        before.append(End(FailureClass.OUT_OF_MEMORY, now))
+        less = None if smaller is None else LessAtOnce(held, smaller)
+        decision = decide(policy, before, less)
+        if smaller is None:
+            assert held == 1
+            again = len(before) == 1 and policy.max_attempts > 1
+            assert isinstance(decision, TryAgain if again else GiveUp)
+            return
+        assert isinstance(decision, TryAgain)
+        assert (decision.micro_batch, decision.after_seconds) == (smaller, 0)
+        assert f"next with {smaller}," in decision.reason
+        assert smaller <= held // 2
+        assert (batch // ranks) % smaller == 0
+        assert len(before) <= 13
+        lost = [*before, End(FailureClass.LOST_WORKER, smaller)]
+        assert isinstance(decide(policy, lost), TryAgain) == (policy.max_attempts > 1)
+        now = smaller
+
+
+def test_the_micro_batch_of_embeddings_stays() -> None:
+    spec = training(task="embeddings", batch_size=16)
+    assert rows_at_once(spec, None) == 16
+    assert smaller_micro_batch(spec, None, 16) is None
+
+
+def training(task: str = "fill-mask", ranks: int = 1, **hyperparameters: Any) -> TrainSpec:
+    return TrainSpec.model_validate(
+        {
+            "kind": "train",
+            "task": task,
+            "model": "m",
+            "data": {"train": "x"},
+            "resources": {"devices": ranks},
+            "hyperparameters": hyperparameters,
+        }
+    )
 
 
 # --- capability classes ----------------------------------------------------------------------

@@ -274,6 +274,7 @@ def make_assignment(
     best_from: Iterable[CheckpointRef] = (),
     cache: Path | None = None,
     teacher: Path | None = None,
+    micro_batch: int | None = None,
     **hyperparameters: Any,
 ) -> TrainAssignment:
     """An assignment as the worker would make it; options not named are hyperparameters."""
@@ -313,6 +314,7 @@ def make_assignment(
         validation_format=format_of(validation.name) if validation else "jsonl",
         cache_dir=None if cache is None else str(cache),
         work_dir=str(work_dir),
+        micro_batch=micro_batch,
         resume_from=tuple(resume_from),
         best_from=tuple(best_from),
     )

@@ -184,6 +184,15 @@ def test_running_out_of_memory_is_seen(tmp_path: Path, bert: Path) -> None:
     ).run()
     assert (gang.failed.failure_class, gang.failed.code) == ("out_of_memory", "out_of_memory")
     assert "micro_batch_size" in (gang.failed.hint or "")
+    assert gang.failed.rows_at_once == 1000
+    assert "with 1000 rows at once" in gang.failed.message
+
+
+def test_where_one_row_is_too_much_no_smaller_batch_is_suggested() -> None:
+    failure = explain(MemoryError(), rows_at_once=1)
+    assert "with 1 row at once" in failure.message
+    assert failure.hint is not None and "micro_batch_size" not in failure.hint
+    assert "max_length" in failure.hint
 
 
 def test_a_full_disk(tmp_path: Path, bert: Path, train_file: Path) -> None:

@@ -185,6 +185,14 @@ def _lie(channel: Rank, job: TrainAssignment) -> int:
     return 0
 
 
+def _hog(channel: Rank, job: TrainAssignment) -> None:
+    """Takes more memory than its control group may have, unless it is told what to hold at once."""
+    if job.micro_batch is None:
+        Path(os.environ["TEST_GROUP"], "cgroup.procs").write_text(str(os.getpid()))
+        bytearray(256 << 20).replace(b"\0", b"x")
+    channel.send(Done(attempt_id=job.attempt_id, summary={"held": job.micro_batch}))
+
+
 BEHAVIOURS: dict[str, Callable[[Rank, TrainAssignment], int | None]] = {
     "quick": _quick,
     "steps": _steps,
@@ -194,6 +202,7 @@ BEHAVIOURS: dict[str, Callable[[Rank, TrainAssignment], int | None]] = {
     "lose_a_peer": _lose_a_peer,
     "die_once": _die_once,
     "crash": _crash,
+    "hog": _hog,
     "leave": _leave,
     "blame_user": _blame_user,
     "chatty": _chatty,

@@ -112,7 +112,9 @@ def test_killed_training_ends_bitwise_equal_and_its_model_classifies(
     assert attempts[0].failure["code"] == "rank_killed"
     assert job.summary is not None
     assert job.summary["resumed_from"]["step"] >= 4
-    assert [event.message for event in fleet.events(killed) if event.type == "notice"] == []
+    notices = [event.data for event in fleet.events(killed) if event.type == "notice"]
+    # On a machine that is busy with other things a rank may well be slow.
+    assert [notice for notice in notices if notice["code"] != "straggler"] == []
     kept = fleet.store.call(read.list_checkpoints, killed)
     assert len(kept) == 2
     require_only(fleet, killed, kept)

@@ -39,12 +39,26 @@ class Stale:
 Outcome = Finished | Failed | Cancelled | Stale
 
 
-def failed(failure_class: FailureClass, code: str, message: str, hint: str | None = None) -> Failed:
-    return Failed(Failure(failure_class, code, message, hint))
+def failed(
+    failure_class: FailureClass,
+    code: str,
+    message: str,
+    hint: str | None = None,
+    rows_at_once: int | None = None,
+) -> Failed:
+    return Failed(Failure(failure_class, code, message, hint, rows_at_once))
 
 
-def classify_exit(what: str, end: Exit, *, out_of_memory: bool, last_words: str) -> Failed:
+def classify_exit(
+    what: str,
+    end: Exit,
+    *,
+    out_of_memory: bool,
+    last_words: str,
+    rows_at_once: int | None = None,
+) -> Failed:
     """What an exit without a report means. ``what`` is for people: "rank 0", "the engine".
+    ``rows_at_once`` is what a training rank holds.
 
     A rank that knows what went wrong says so before it ends; what is left is a crash, a kill from
     outside, or a defect.
@@ -63,6 +77,7 @@ def classify_exit(what: str, end: Exit, *, out_of_memory: bool, last_words: str)
                 "host_out_of_memory",
                 f"the kernel killed {what} because the host ran out of memory",
                 "Use a smaller micro_batch_size or max_length, or devices with more memory.",
+                rows_at_once,
             )
         name = signal.Signals(end.signal).name
         return failed(

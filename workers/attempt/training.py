@@ -17,6 +17,7 @@ from shared.messages import (
     Tracking,
     TrainAssignment,
 )
+from shared.micro_batch import rows_at_once
 from shared.resolved import Resolved, ResolvedInput
 from shared.specs import TrainSpec
 from shared.store.claim import Claimed, CommittedCheckpoint
@@ -41,7 +42,8 @@ from workers.launch import Exit, RankProcess, launch
 log = logging.getLogger(__name__)
 
 PEER_LOST = "peer_lost"
-PEER_PATIENCE = 3.0
+PEER_PATIENCE = 10.0
+"""Seconds. It is waited for so long only where nobody says more: a host is gone with its worker."""
 
 
 def run_training(
@@ -108,6 +110,7 @@ def run_training(
             exit,
             out_of_memory=oom.struck(),
             last_words=last_line(log_path),
+            rows_at_once=rows_at_once(TrainSpec.model_validate(claimed.spec), claimed.micro_batch),
         )
 
 
@@ -147,6 +150,8 @@ def training_assignment(
         validation_format=validation.format if validation else "jsonl",
         work_dir=str(folder.path),
         cache_dir=str(_cache(data)),
+        micro_batch=claimed.micro_batch,
+        hung_after=site.settings.hung_after,
         resume_from=tuple(_reference(each, data) for each in claimed.checkpoints),
         best_from=tuple(_reference(each, data) for each in claimed.best),
         device_mtbf=device_mtbf,

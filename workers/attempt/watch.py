@@ -103,7 +103,13 @@ class Watch:
                 return Finished(summary)
             case Failed():
                 self.said_so = True
-                return failed(report.failure_class, report.code, report.message, report.hint)
+                return failed(
+                    report.failure_class,
+                    report.code,
+                    report.message,
+                    report.hint,
+                    report.rows_at_once,
+                )
             case _:
                 self._on_report(report)
                 return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,25 @@ from workers.ranks.train.failures import TrainingFailed
 
 _STATM = Path("/proc/self/statm")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A place in the work of a device, which on CUDA lags behind the process that gives it."""
+
+    at: float
+    event: torch.cuda.Event | None = None
+
+    def reached(self) -> bool:
+        """Whether the device has come so far."""
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def seconds_until(self, later: Mark) -> float:
+        """Of the device's time. It has to have reached both."""
+        if self.event is None or later.event is None:
+            return later.at - self.at
+        milliseconds: float = self.event.elapsed_time(later.event)
+        return milliseconds / 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +85,14 @@ class Compute:
             return torch.cuda.max_memory_allocated(self.device)
         resident, shared = _STATM.read_text().split()[1:3]
         return (int(resident) - int(shared)) * _PAGE
+
+    def mark(self) -> Mark:
+        """Here and now in the work of the device."""
+        if self.device.type != "cuda":
+            return Mark(time.perf_counter())
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return Mark(time.perf_counter(), event)
 
     def peak_memory(self) -> int | None:
         """Bytes that this rank took at most of its device: on CUDA what tensors held, and the allowance

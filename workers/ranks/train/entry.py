@@ -22,6 +22,7 @@ from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
 from workers.ranks.train.freezing import freeze
 from workers.ranks.train.gang import join
+from workers.ranks.train.health.health import Health
 from workers.ranks.train.labels import share_labels
 from workers.ranks.train.loop import Trainer
 from workers.ranks.train.notices import tell_about_data
@@ -52,8 +53,8 @@ if TYPE_CHECKING:
 
 SUCCEEDED, FAILED, STOPPED = 0, 1, 3
 """Exit codes. ``STOPPED``: the worker ordered it, or is gone."""
-_FORESEEN = frozenset({"peer_lost", "disk_full"})
-"""What ends a rank from outside: a traceback would say nothing of it."""
+_FORESEEN = frozenset({"peer_lost", "disk_full", "out_of_memory"})
+"""What ends a rank from outside, or in a library: a traceback would say nothing of it."""
 
 
 def main(channel: RankChannel) -> int:
@@ -102,6 +103,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     _require_fitting_tokenizer(task, training, validation)
 
     model.to(compute.device)  # type: ignore[arg-type]
+    reporter.rows_at_once = min(plan.micro_batch, -(-len(training) // plan.ranks))
     if isinstance(task, Preferences):
         training, validation = add_reference(
             assignment, task, training, validation, compute, gang, reporter
@@ -138,6 +140,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
             "device": assignment.device.id,
         }
     )
+    health = Health(assignment, gang, reporter)
     trainer = Trainer(
         spec=spec,
         task=task,
@@ -155,6 +158,8 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         fingerprint=own,
         best=resumed.best if resumed else None,
         device_mtbf=assignment.device_mtbf,
+        health=health,
+        evaluation_batch=assignment.micro_batch or max(plan.micro_batch, 16),
     )
     if gang.rank == 0 and assignment.tracking.wanted:
         reporter.tracking = Tracking(assignment, reporter)
@@ -162,7 +167,8 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
 
     compute.watch_memory()
     first, train_began = position.step, time.monotonic()
-    evaluation = trainer.run(position)
+    with health.watching():
+        evaluation = trainer.run(position)
     seconds = time.monotonic() - train_began
     gang.leave()
 
@@ -220,7 +226,7 @@ def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedu
             examples=examples,
             ranks=assignment.world_size,
             global_batch=options.batch_size,
-            micro_batch=sizes.micro_batch,
+            micro_batch=assignment.micro_batch or sizes.micro_batch,
             widest=sizes.usable[-1] if assignment.spec.elastic else None,
             epochs=options.epochs,
             max_steps=options.max_steps,
@@ -370,7 +376,7 @@ def _leave(reporter: Reporter, assignment: TrainAssignment, end: Preempted) -> i
 
 def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:
     """Report what ended the rank. The log gets a traceback only where nobody foresaw the error."""
-    failure = explain(error)
+    failure = explain(error, reporter.rows_at_once)
     if failure.code == "peer_lost" and (order := _waiting_stop(reporter)) is not None:
         reporter.say(f"stopped: {order}")
         return STOPPED
@@ -385,6 +391,9 @@ def _fail(reporter: Reporter, attempt: str, error: BaseException) -> int:
                 code=failure.code,
                 message=failure.message,
                 hint=failure.hint,
+                rows_at_once=reporter.rows_at_once
+                if failure.failure_class is FailureClass.OUT_OF_MEMORY
+                else None,
             )
         )
     except Stopped:

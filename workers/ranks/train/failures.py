@@ -43,6 +43,18 @@ class DataProblem(TrainingFailed):
         )
 
 
+class Diverged(TrainingFailed):
+    """Loss or gradient is no longer finite."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            FailureClass.USER_ERROR,
+            "diverged",
+            message,
+            "Lower hyperparameters.learning_rate, add warm-up, or keep max_grad_norm set.",
+        )
+
+
 class Stopped(Exception):
     """The worker ordered the rank to end, or is gone. Nothing is reported: nobody waits for it."""
 
@@ -57,12 +69,16 @@ _PEER_GONE = re.compile(
     r"socket (timeout|closed)|timed out waiting|unhandled system error",
     re.IGNORECASE,
 )
-_OUT_OF_MEMORY = re.compile(r"allocate memory|out of memory|not enough memory", re.IGNORECASE)
+_OUT_OF_MEMORY = re.compile(
+    # The last is what oneDNN says.
+    r"allocate memory|out of memory|not enough memory|could not create a (primitive|memory)",
+    re.IGNORECASE,
+)
 _DISK_FULL = re.compile(r"no space left|os error 28|disk quota exceeded", re.IGNORECASE)
 
 
-def explain(error: BaseException) -> TrainingFailed:
-    """Classify what ended the rank.
+def explain(error: BaseException, rows_at_once: int | None = None) -> TrainingFailed:
+    """Classify what ended the rank, which held so many rows at once, if it had begun to compute.
 
     The order matters: an out-of-memory error inside NCCL names both, and memory is the cause.
     """
@@ -75,8 +91,14 @@ def explain(error: BaseException) -> TrainingFailed:
         return TrainingFailed(
             FailureClass.OUT_OF_MEMORY,
             "out_of_memory",
-            "the device's memory did not suffice for the model and its batches",
-            "Set a smaller hyperparameters.micro_batch_size (batch_size stays: gradients are "
+            "the device's memory did not suffice for the model and its batches"
+            if rows_at_once is None
+            else f"the device's memory did not suffice for the model with {rows_at_once} "
+            f"row{'' if rows_at_once == 1 else 's'} at once",
+            "Use a smaller max_length, method lora or a smaller model, or ask for more "
+            "resources.memory_gb."
+            if rows_at_once == 1
+            else "Set a smaller hyperparameters.micro_batch_size (batch_size stays: gradients are "
             "accumulated) or a smaller max_length, or ask for more resources.memory_gb.",
         )
     if _is_disk_full(error, text):

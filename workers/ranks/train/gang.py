@@ -13,7 +13,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -25,6 +25,7 @@ from shared.lifecycle import FailureClass
 from shared.messages import JoinRendezvous, Listening, TrainAssignment
 from workers.ranks.train.device import Compute
 from workers.ranks.train.failures import TrainingFailed
+from workers.ranks.train.health.pulse import Pulse
 from workers.ranks.train.reports import Reporter
 
 HOST_VARIABLE = "GPUYARD_RANK_HOST"
@@ -43,14 +44,17 @@ class Gang:
     world_size: int
     device: torch.device
     store: Store | None = None
+    pulse: Pulse = field(default_factory=Pulse, compare=False)
+    """What this rank is doing: it notes here when it waits for others."""
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add up values of all ranks; all get the same sums, in float64."""
         if self.store is None:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return [float(value) for value in tensor.tolist()]
+        with self.pulse.waiting():
+            dist.all_reduce(tensor)
+            return [float(value) for value in tensor.tolist()]
 
     def share(self, key: str, value: Any) -> Any:
         """Rank 0's ``value`` (what JSON can hold), on every rank. Each key once in a gang's life."""
@@ -59,7 +63,8 @@ class Gang:
         if self.rank == 0:
             self.store.set(key, json.dumps(value))
             return value
-        return json.loads(self.store.get(key))
+        with self.pulse.waiting():
+            return json.loads(self.store.get(key))
 
     def wait_for(self, key: str, meanwhile: Callable[[], object]) -> None:
         """Until rank 0 has shared ``key``, however long that takes; ``meanwhile`` is called again and
@@ -87,7 +92,8 @@ class Gang:
         if self.store is not None:
             for tensor in tensors:
                 moved = tensor.to(self.device)
-                dist.broadcast(moved, src=0)
+                with self.pulse.waiting():
+                    dist.broadcast(moved, src=0)
                 if moved is not tensor:
                     tensor.copy_(moved)
 

@@ -17,8 +17,9 @@ from shared.messages import CheckpointRef
 from shared.specs import TrainSpec
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Examples
-from workers.ranks.train.failures import Preempted
+from workers.ranks.train.failures import Diverged, Preempted
 from workers.ranks.train.gang import Gang
+from workers.ranks.train.health.health import Health
 from workers.ranks.train.order import BatchPlan, Indices, epoch_order
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.saving import Saver, best_model
@@ -53,8 +54,11 @@ class Trainer:
         fingerprint: Fingerprint,
         best: CheckpointRef | None,
         device_mtbf: float,
+        evaluation_batch: int,
+        health: Health,
     ) -> None:
-        """``best`` and ``device_mtbf`` are the ``Saver``'s."""
+        """``best`` and ``device_mtbf`` are the ``Saver``'s. ``evaluation_batch``: examples that a rank
+        judges at once."""
         self._spec = spec
         self._options = spec.hyperparameters
         self._task = task
@@ -65,6 +69,8 @@ class Trainer:
         self._compute = compute
         self._gang = gang
         self._reporter = reporter
+        self._evaluation_batch = evaluation_batch
+        self._health = health
         self._first_step = 0
         self.stopped_early = False
         self._stepper = Stepper(
@@ -102,27 +108,35 @@ class Trainer:
         was evaluated, whenever training ended.
 
         Raises:
-            TrainingFailed: the loss is no longer finite, or early stopping names a metric that there is
-                none of (user_error).
+            Diverged: the loss is no longer finite (user_error).
+            TrainingFailed: early stopping names a metric that there is none of (user_error).
             Preempted: a rank's device was wanted back; the checkpoint of the step is durable.
             Stopped: the worker ordered it, or is gone; nothing further is written.
         """
         total = self._plan.total_steps
         began = time.monotonic()
         before, self._first_step = position.seconds, position.step
+        self._health.after_checkpoint(position.step)
         evaluation: Evaluation | None = None
         while position.step < total:
             self._reporter.check_orders()
             step_began = time.monotonic()
             batch = self._batch(position.step)
             wanted_back = float(self._has_to_leave(position, began))
-            signals = [wanted_back, self._saver.wish()]
-            update = self._stepper.step(position.step, batch, signals)
+            signals = [wanted_back, self._saver.wish(), float(self._saver.written_step or 0)]
+            try:
+                update = self._stepper.step(position.step, batch, signals)
+            except Diverged as end:
+                raise self._health.explain(end) from None
+            _, wishes, written = update.signals
+            self._health.after_checkpoint(int(written))
             position.step += 1
             now = time.monotonic()
             position.seconds = before + now - began
             self._telling.step(position, update, len(batch), now - step_began)
-            self._saver.after_step(now - step_began, update.signals[1])
+            self._saver.after_step(now - step_began, wishes)
+            whole = len(batch) == self._plan.global_batch
+            self._health.after_step(position.step, update, whole=whole, seconds=now - step_began)
             if self._evaluation_is_due(position.step):
                 evaluation = self._evaluate(position)
                 if self._ends_early(position):
@@ -180,7 +194,7 @@ class Trainer:
         return self._task.evaluate(
             self._model,
             validation,
-            batch_size=max(self._plan.micro_batch, 16),
+            batch_size=self._evaluation_batch,
             compute=self._compute,
             gang=self._gang,
         )

@@ -59,8 +59,8 @@ def add_reference(
         Stopped: the worker ordered it, or is gone.
     """
     folder = None if assignment.cache_dir is None else Path(assignment.cache_dir) / "reference"
-    micro = assignment.spec.hyperparameters.micro_batch_size or PAIRS_TOGETHER
-    together = min(PAIRS_TOGETHER, micro)
+    micro = assignment.micro_batch or assignment.spec.hyperparameters.micro_batch_size
+    together = min(PAIRS_TOGETHER, micro or PAIRS_TOGETHER)
     digests = {"training": training.digest()}
     if validation is not None:
         digests["validation"] = validation.digest()

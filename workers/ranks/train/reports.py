@@ -51,6 +51,8 @@ class Reporter:
         self._leave_by = 0.0
         self.tracking: Tracking | None = None
         """Who else hears of what is measured, once somebody does."""
+        self.rows_at_once: int | None = None
+        """What the rank holds of the data, from when it begins to compute: said where memory runs out."""
 
     @property
     def asked_back(self) -> str | None:

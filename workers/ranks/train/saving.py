@@ -88,6 +88,8 @@ class Saver:
         self._saved_step: int | None = None
         self._wished = False
         self._submitted: _Copied | None = None
+        self.written_step: int | None = None
+        """That of the newest checkpoint that is durable, of those that this rank has written."""
         self.best = best
         """The checkpoint of the best model so far, on rank 0, once its writing has been waited for."""
         if self._interval.automatic and self._interval.seconds is not None:
@@ -225,6 +227,7 @@ class Saver:
             )
         self._durable_after = seconds
         self._reporter.send(report)
+        self.written_step = written.step
         which = ", the best so far" if report.best else ""
         by = f" by {len(self._writers)} ranks" if len(self._writers) > 1 else ""
         self._reporter.say(

@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from shared.lifecycle import FailureClass
 from shared.specs import Hyperparameters
 from workers.ranks.train.accumulate import GradientSums
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Examples
-from workers.ranks.train.failures import TrainingFailed
+from workers.ranks.train.failures import Diverged
 from workers.ranks.train.gang import Gang
+from workers.ranks.train.health.work import OwnWork
 from workers.ranks.train.optimizer import add_l1, regularised
 from workers.ranks.train.order import BatchPlan, Indices, MicroBatch, derive, micro_batches
 from workers.ranks.train.parallel import parallelise, warm_up_batch
@@ -44,6 +44,8 @@ class Update:
     """The learning rate that it was made with."""
     signals: list[float]
     """What each rank gave ``Stepper.step``, summed over the ranks."""
+    own_seconds: list[float]
+    """What each rank took for its own part, before it waited for the others."""
 
 
 class Stepper:
@@ -75,6 +77,7 @@ class Stepper:
         warm_up = warm_up_batch(objective, training, plan, compute)
         self._wrapped = parallelise(objective, model, warm_up, compute, gang)
         self._sums = GradientSums(self._trained, self._wrapped, plan)
+        self._work = OwnWork(compute, gang)
 
     def step(self, step: int, indices: Indices, signals: Sequence[float]) -> Update:
         """One update from one global batch. ``signals`` go with the step's all-reduce, so that all
@@ -85,8 +88,9 @@ class Stepper:
         where that is a partial one.
 
         Raises:
-            TrainingFailed: loss or gradient is no longer finite (user_error), on every rank alike.
+            Diverged: loss or gradient is no longer finite (user_error), on every rank alike.
         """
+        self._work.begin(step)
         weight = max(1, int(self._training.weights[indices].sum()))
         masks = derive(self._options.seed, "masks", step)
         # Not in fp32: in which order losses are added up is to leave no trace.
@@ -105,6 +109,8 @@ class Stepper:
             with nullcontext() if last else self._without_sync():
                 total = self._objective.loss(self._wrapped, batch, self._compute) * bool(own)
                 scaled = total * (self._gang.world_size / weight)
+                if last:
+                    self._work.ends_with(scaled)
                 scaled.backward()  # type: ignore[no-untyped-call]
             self._sums.after(part, last=last)
             loss += total.detach()
@@ -115,27 +121,24 @@ class Stepper:
         limit = self._options.max_grad_norm
         # The gradients are all-reduced, so their norm, and what is decided by it, is every rank's.
         norm = float(nn.utils.clip_grad_norm_(self._trained, math.inf if limit is None else limit))
-        loss_sum, token_sum, *heard = self._gang.sum([float(loss), tokens, *signals])
+        loss_sum, token_sum, *heard = self._gang.sum(
+            [float(loss), tokens, *signals, *self._work.by_rank()]
+        )
         mean = loss_sum / weight
         if not math.isfinite(mean) or not math.isfinite(norm):
-            raise _diverged(step, mean, norm)
+            raise Diverged(
+                f"training diverged at step {step + 1}: loss {mean}, gradient norm {norm}"
+            )
         rate = self._schedule.rate(step)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return Update(mean, norm, token_sum, rate, heard)
+        self._work.end()
+        said, own_seconds = heard[: len(signals)], heard[len(signals) :]
+        return Update(mean, norm, token_sum, rate, said, own_seconds)
 
     def _without_sync(self) -> AbstractContextManager[None]:
         if isinstance(self._wrapped, DistributedDataParallel):
             return self._wrapped.no_sync()
         return nullcontext()
-
-
-def _diverged(step: int, loss: float, norm: float) -> TrainingFailed:
-    return TrainingFailed(
-        FailureClass.USER_ERROR,
-        "diverged",
-        f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}",
-        "Lower hyperparameters.learning_rate, add warm-up, or keep max_grad_norm set.",
-    )
