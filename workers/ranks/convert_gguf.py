@@ -57,7 +57,12 @@ def convert(source: Path, target: Path) -> None:
             path.chmod(0o644)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        fresh.rename(target)
+        try:
+            fresh.rename(target)
+        except OSError:
+            # Another process converted the same model meanwhile: the first one stays.
+            if not target.exists():
+                raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
