@@ -29,6 +29,7 @@ from workers.ranks.train.optimizer import make_optimizer
 from workers.ranks.train.order import BatchPlan, Indices, plan_batches
 from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
 from workers.ranks.train.reading import read_data, training_file
+from workers.ranks.train.recompute import recompute_layers
 from workers.ranks.train.reference import add_reference
 from workers.ranks.train.reports import RankChannel, Reporter
 from workers.ranks.train.saving import best_model
@@ -110,6 +111,8 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     if spec.method == "lora":
         adapter = _add_lora(task, spec)
     frozen = freeze(model, options.freeze)
+    if options.gradient_checkpointing:
+        recompute_layers(model)
     objective = _objective(assignment, task, rows, compute, reporter)
     warm_up = warm_up_batch(objective, training, plan, compute)
     unused = set_aside_unused(objective, model, warm_up, compute)

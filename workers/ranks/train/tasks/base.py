@@ -72,6 +72,7 @@ NOT_READ: dict[str, Any] = {
         "freeze",
         "max_length",  # the task's own limit counts, which it is part of
         "precision",
+        "gradient_checkpointing",
         "seed",
         "eval_every_steps",
         "contrastive_temperature",
