@@ -239,6 +239,15 @@ class TrainSpec(JobFields):
                 + (" and micro_batch_size 1" if self.hyperparameters.micro_batch_size == 1 else "")
                 + " leaves one pair alone; a rank needs 2 or more at once"
             )
-        if self.hyperparameters.precision == "fp32" and "bf16" in self.resources.features:
-            raise ValueError("precision 'fp32' and the required feature 'bf16' contradict")
+        return self
+
+    @model_validator(mode="after")
+    def _precision_fits_the_devices(self) -> Self:
+        precision = self.hyperparameters.precision
+        if precision not in ("auto", "bf16") and "bf16" in self.resources.features:
+            raise ValueError(f"precision '{precision}' and the required feature 'bf16' contradict")
+        if precision == "tf32" and self.resources.accelerator == "cpu":
+            raise ValueError(
+                "precision 'tf32' is of CUDA devices: set accelerator 'cuda', or 'fp32'"
+            )
         return self

@@ -327,6 +327,7 @@ def _summary(
     )
     return {
         "steps": position.step,
+        "skipped_steps": position.loss_scale.skipped,
         "epochs": position.step / plan.steps_per_epoch,
         "metrics": evaluation.values if evaluation else {},
         "objective": {

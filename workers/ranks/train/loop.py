@@ -117,7 +117,7 @@ class Trainer:
             batch = self._batch(position.step)
             wanted_back = float(self._has_to_leave(position, began))
             signals = [wanted_back, self._saver.wish()]
-            update = self._stepper.step(position.step, batch, signals)
+            update = self._stepper.step(position.step, batch, signals, position.loss_scale)
             position.step += 1
             now = time.monotonic()
             position.seconds = before + now - began

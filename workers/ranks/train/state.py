@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from workers.ranks.train.gang import Gang
 from workers.ranks.train.history import Row
 from workers.ranks.train.order import same_bits
 from workers.ranks.train.reports import Reporter
+from workers.ranks.train.scaling import LossScale
 from workers.ranks.train.stopping import Best
 
 _FORMAT = 3
@@ -49,11 +50,20 @@ class Position:
     history: list[Row] = field(default_factory=list)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     """Those that led here, by number: from which step, on how many ranks, on which device of rank 0."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """Moves with fp16 alone."""
 
     def as_json(self) -> dict[str, Any]:
         """A copy that stays as it is. Faster than ``asdict``: training waits for it."""
         copied = {name: list(map(copy.copy, getattr(self, name))) for name in _LISTS}
-        return {"step": self.step, "seconds": self.seconds, **copied}
+        scale = asdict(self.loss_scale)
+        return {"step": self.step, "seconds": self.seconds, **copied, "loss_scale": scale}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Position:
+        """That of a checkpoint, as JSON has it."""
+        values = dict(state["position"])
+        return cls(**{**values, "loss_scale": LossScale(**values.get("loss_scale", {}))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +168,7 @@ def resume(
             try:
                 state = read_state(checkpoint)
                 _require_same_training(state, own)
-                needed = best_of(Position(**state["position"]))
+                needed = best_of(Position.of(state))
                 best = _find_best(needed, checkpoint, assignment.best_from, own)
                 tensors = read_tensors(checkpoint)
             except CheckpointDamaged as problem:
@@ -183,13 +193,16 @@ def resume(
     chosen = gang.share("resume", chosen)
     if chosen is None:
         return None
-    _allocate_state(optimizer)
+    position = Position.of(chosen)
+    if position.step > position.loss_scale.skipped:
+        # An optimizer that has not moved a weight yet keeps nothing.
+        _allocate_state(optimizer)
     if gang.rank == 0:
         with torch.no_grad():
             for name, tensor in tensors_of(model, optimizer):
                 tensor.copy_(tensors[name])
     gang.spread(tensor for _, tensor in tensors_of(model, optimizer))
-    return Resumed(assignment.resume_from[chosen["index"]], Position(**chosen["position"]), best)
+    return Resumed(assignment.resume_from[chosen["index"]], position, best)
 
 
 def restore_best(model: nn.Module, best: CheckpointRef | None, gang: Gang) -> None:

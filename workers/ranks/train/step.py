@@ -27,6 +27,7 @@ from workers.ranks.train.gang import Gang
 from workers.ranks.train.optimizer import add_l1, regularised
 from workers.ranks.train.order import BatchPlan, Indices, MicroBatch, derive, micro_batches
 from workers.ranks.train.parallel import parallelise, warm_up_batch
+from workers.ranks.train.scaling import LossScale, unscale
 from workers.ranks.train.schedule import Schedule
 from workers.ranks.train.tasks.base import Objective
 
@@ -44,6 +45,10 @@ class Update:
     """The learning rate that it was made with."""
     signals: list[float]
     """What each rank gave ``Stepper.step``, summed over the ranks."""
+    scale: float | None = None
+    """What the loss was multiplied by, with fp16."""
+    skipped: bool = False
+    """Whether that was too much: no weight was moved, and ``norm`` is not finite."""
 
 
 class Stepper:
@@ -76,7 +81,9 @@ class Stepper:
         self._wrapped = parallelise(objective, model, warm_up, compute, gang)
         self._sums = GradientSums(self._trained, self._wrapped, plan)
 
-    def step(self, step: int, indices: Indices, signals: Sequence[float]) -> Update:
+    def step(
+        self, step: int, indices: Indices, signals: Sequence[float], loss_scale: LossScale
+    ) -> Update:
         """One update from one global batch. ``signals`` go with the step's all-reduce, so that all
         ranks hear of one another after the same step.
 
@@ -84,9 +91,13 @@ class Stepper:
         is the mean over the weights of the global batch (its examples, or its predicted tokens), also
         where that is a partial one.
 
+        ``loss_scale`` counts where the precision needs it, and moves with what the step comes to.
+
         Raises:
-            TrainingFailed: loss or gradient is no longer finite (user_error), on every rank alike.
+            TrainingFailed: loss or gradient is no longer finite (user_error), on every rank alike. Where
+                the loss is scaled, only once there is no smaller scale.
         """
+        scale = loss_scale.factor if self._compute.scales_loss else None
         weight = max(1, int(self._training.weights[indices].sum()))
         masks = derive(self._options.seed, "masks", step)
         # Not in fp32: in which order losses are added up is to leave no trace.
@@ -104,11 +115,13 @@ class Stepper:
             self._sums.before(part)
             with nullcontext() if last else self._without_sync():
                 total = self._objective.loss(self._wrapped, batch, self._compute) * bool(own)
-                scaled = total * (self._gang.world_size / weight)
+                scaled = total * (self._gang.world_size / weight * (scale or 1.0))
                 scaled.backward()  # type: ignore[no-untyped-call]
             self._sums.after(part, last=last)
             loss += total.detach()
             tokens += batch.tokens if own else 0
+        if scale is not None:
+            unscale(self._trained, scale)
         if self._options.l1:
             # A rank's gradients are those of the gang by now, and so is what is added to them.
             add_l1(self._regularised, self._options.l1)
@@ -117,14 +130,18 @@ class Stepper:
         norm = float(nn.utils.clip_grad_norm_(self._trained, math.inf if limit is None else limit))
         loss_sum, token_sum, *heard = self._gang.sum([float(loss), tokens, *signals])
         mean = loss_sum / weight
-        if not math.isfinite(mean) or not math.isfinite(norm):
-            raise _diverged(step, mean, norm)
         rate = self._schedule.rate(step)
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            if scale is None or not loss_scale.back_off():
+                raise _diverged(step, mean, norm, scale)
+            self._optimizer.zero_grad(set_to_none=True)
+            return Update(mean, norm, token_sum, rate, heard, scale, skipped=True)
+        loss_scale.went_well()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return Update(mean, norm, token_sum, rate, heard)
+        return Update(mean, norm, token_sum, rate, heard, scale)
 
     def _without_sync(self) -> AbstractContextManager[None]:
         if isinstance(self._wrapped, DistributedDataParallel):
@@ -132,10 +149,13 @@ class Stepper:
         return nullcontext()
 
 
-def _diverged(step: int, loss: float, norm: float) -> TrainingFailed:
+def _diverged(step: int, loss: float, norm: float, scale: float | None) -> TrainingFailed:
     return TrainingFailed(
         FailureClass.USER_ERROR,
         "diverged",
         f"training diverged at step {step + 1}: loss {loss}, gradient norm {norm}",
-        "Lower hyperparameters.learning_rate, add warm-up, or keep max_grad_norm set.",
+        "Lower hyperparameters.learning_rate, add warm-up, or keep max_grad_norm set."
+        if scale is None
+        else "The range of fp16 does not suffice: set hyperparameters.precision to 'bf16' or 'fp32', or "
+        "lower the learning rate.",
     )
