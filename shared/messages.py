@@ -131,6 +131,8 @@ class TrainAssignment(Message):
     """What attempts and jobs share, made by the worker: tokenised data. None: nothing is kept."""
     resume_from: tuple[CheckpointRef, ...] = ()
     """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
+    parallelism: Literal["ddp", "fsdp"] = "ddp"
+    """Whether each rank has the whole model, or a part of it."""
     best_from: tuple[CheckpointRef, ...] = ()
     """The best models that those build on, which early stopping delivers in the end. Newest first."""
     device_mtbf: float = DEVICE_MTBF

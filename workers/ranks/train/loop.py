@@ -20,6 +20,7 @@ from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import BatchPlan, Indices, epoch_order
+from workers.ranks.train.parallel import Parallel
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.saving import Saver, best_model
 from workers.ranks.train.schedule import Schedule
@@ -48,6 +49,7 @@ class Trainer:
         validation: Examples | None,
         compute: Compute,
         gang: Gang,
+        parallel: Parallel,
         reporter: Reporter,
         checkpoints: Path,
         fingerprint: Fingerprint,
@@ -64,6 +66,7 @@ class Trainer:
         self._validation = validation
         self._compute = compute
         self._gang = gang
+        self._parallel = parallel
         self._reporter = reporter
         self._first_step = 0
         self.stopped_early = False
@@ -77,6 +80,7 @@ class Trainer:
             training=training,
             compute=compute,
             gang=gang,
+            parallel=parallel,
         )
         self._saver = Saver(
             rules=spec.checkpoint,
@@ -177,13 +181,14 @@ class Trainer:
         return evaluation
 
     def _judge(self, validation: Examples) -> Evaluation:
-        return self._task.evaluate(
-            self._model,
-            validation,
-            batch_size=max(self._plan.micro_batch, 16),
-            compute=self._compute,
-            gang=self._gang,
-        )
+        with self._parallel.evaluating(self._model):
+            return self._task.evaluate(
+                self._model,
+                validation,
+                batch_size=max(self._plan.micro_batch, 16),
+                compute=self._compute,
+                gang=self._gang,
+            )
 
     def _ends_early(self, position: Position) -> bool:
         # Every rank has the same evaluations, and so decides the same.
