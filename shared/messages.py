@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from shared.footprint import Configuration
 from shared.lifecycle import FailureClass
+from shared.resolved import Parallelism
 from shared.specs import DataFormat, InferSpec, TrainSpec
 
 
@@ -131,8 +132,7 @@ class TrainAssignment(Message):
     """What attempts and jobs share, made by the worker: tokenised data. None: nothing is kept."""
     resume_from: tuple[CheckpointRef, ...] = ()
     """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
-    parallelism: Literal["ddp", "fsdp"] = "ddp"
-    """Whether each rank has the whole model, or a part of it."""
+    parallelism: Parallelism = "ddp"
     best_from: tuple[CheckpointRef, ...] = ()
     """The best models that those build on, which early stopping delivers in the end. Newest first."""
     device_mtbf: float = DEVICE_MTBF

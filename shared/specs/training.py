@@ -63,6 +63,12 @@ class TrainSpec(JobFields):
     architecture: Architecture | None = None
     data: TrainData
     hyperparameters: Hyperparameters = Hyperparameters()
+    parallelism: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="ddp: each device holds the whole model; fsdp: a part of its weights, gradients and "
+        "moments. auto: ddp, unless by the footprint no device of the fleet is large enough for that "
+        "and resources.devices together are.",
+    )
     checkpoint: Checkpointing = Checkpointing()
     publish: str | None = Field(
         None,
@@ -152,6 +158,23 @@ class TrainSpec(JobFields):
     def reads(self) -> tuple[str, ...]:
         """The columns that a row may have, by the names that ``data.columns`` gives them."""
         return PREFERENCE_COLUMNS if self.preference is not None else TASK_COLUMNS[self.task]
+
+    @property
+    def not_in_shards(self) -> str | None:
+        """Why the model cannot be trained in shards, if so."""
+        if self.resources.most == 1:
+            return "resources.devices is 1: there is nothing to divide the model among"
+        if self.hyperparameters.optimizer == "adafactor":
+            return "adafactor sums over rows and columns of whole weights: choose another optimizer"
+        if self.preference is not None:
+            return "preference compares with the whole model as it was before: choose 'ddp'"
+        return None
+
+    @model_validator(mode="after")
+    def _can_be_in_shards(self) -> Self:
+        if self.parallelism == "fsdp" and self.not_in_shards is not None:
+            raise ValueError(f"parallelism 'fsdp' does not apply: {self.not_in_shards}")
+        return self
 
     @property
     def labels_needed(self) -> int:

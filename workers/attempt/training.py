@@ -146,6 +146,7 @@ def training_assignment(
         validation_path=_validation_path(data, validation, spec),
         validation_format=validation.format if validation else "jsonl",
         work_dir=str(folder.path),
+        parallelism=resolved.parallelism,
         cache_dir=str(_cache(data)),
         resume_from=tuple(_reference(each, data) for each in claimed.checkpoints),
         best_from=tuple(_reference(each, data) for each in claimed.best),

@@ -44,6 +44,7 @@ NOT_READ: dict[str, Any] = {
             "distillation",
             "preference",  # the task that reads pairs is a class of its own
             "architecture",
+            "parallelism",
             "checkpoint",
             "early_stopping",
             "publish",
