@@ -11,6 +11,7 @@ values of every row, and logits. Everything is in bytes. Nothing is read here:
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -99,6 +100,8 @@ _FROZEN = {
 """With LoRA: a layer whose weights are frozen need not know what it was given."""
 _T5 = frozenset({"t5", "mt5", "umt5", "longt5", "switch_transformers"})
 """Their attention has a bias of its own and is never fused."""
+_LAYER = re.compile(r".*?\.\d+\.")
+"""The beginning of the names of a layer's weights."""
 _EMBEDDED = 4.5
 """Tensors of the hidden size outside of the layers, for each token."""
 _BF16_HIDDEN = 1.6
@@ -126,12 +129,8 @@ def training_bytes(
     kept, passing = _optimizer_bytes(shape, asked.spec.hyperparameters.optimizer, trainable)
     gradients = FP32 * trainable
     kept += gradients * asked.waiting_sums
-    precision = asked.spec.hyperparameters.precision
-    passes = max(
-        _activations(shape, asked, half=half)
-        for half in (False, True)
-        if precision == "auto" or half == (precision == "bf16")
-    )
+    halves = _halves(asked.spec.hyperparameters.precision)
+    passes = max(_activations(shape, asked, half=half) for half in halves)
     if asked.gradients_stay:
         passing += gradients
         comes_and_goes = max(gradients + passes, passing)
@@ -164,10 +163,57 @@ def _activations(shape: ModelShape, asked: Configuration, *, half: bool) -> floa
     layer = hidden * shape.hidden + kept.inner * shape.intermediate
     if not _fused(shape, asked):
         layer += kept.attention * shape.heads * asked.length
-    total = tokens * (shape.layers * layer * element + _EMBEDDED * shape.hidden * FP32)
+    layers = shape.layers * layer * element
+    answers = FP32 * shape.vocabulary * _logits(asked)
+    if spec.hyperparameters.gradient_checkpointing:
+        layers, answers = recomputed(shape, layer * element, answers), 0
+    total = tokens * (layers + answers + _EMBEDDED * shape.hidden * FP32)
     if half:  # copies of the matrices, kept for backward
         total += BF16 * max(0, shape.parameters - shape.vocabulary * shape.hidden)
-    return total + tokens * FP32 * shape.vocabulary * _logits(asked)
+    return total
+
+
+def recomputed(shape: ModelShape, layer: float, answers: float) -> float:
+    """Bytes a token where layers keep their input alone. One of them at a time, of ``layer`` bytes, is
+    computed again, when what the loss is made of, ``answers``, is gone."""
+    inputs = shape.layers * shape.hidden * FP32
+    return min(inputs + max(layer, answers), shape.layers * layer + answers)
+
+
+def sharded_bytes(
+    shape: ModelShape, asked: Configuration, ranks: int, teacher: ModelShape | None = None
+) -> int:
+    """Peak of one of ``ranks`` that have the model in shards: of weights, gradients and the optimizer's
+    state its part; what belongs to no layer, whole, with its gradients; the layer that is computed,
+    the next one, which is gathered meanwhile, and the gradients of one; and activations. A teacher is
+    whole on every rank.
+    """
+    options = asked.spec.hyperparameters
+    trainable = lora_elements(shape, asked.spec) or shape.trainable(options.freeze)
+    kept, _ = _optimizer_bytes(shape, options.optimizer, trainable)
+    gradients = FP32 * trainable * (1 + asked.waiting_sums)
+    own = (FP32 * shape.parameters + kept + gradients) / ranks
+    outside, largest = _outside_and_largest_layer(shape)
+    gathered = FP32 * (2 * outside + 3 * largest)
+    passes = max(_activations(shape, asked, half=half) for half in _halves(options.precision))
+    if asked.evaluates:
+        passes = max(passes, _evaluation(shape, asked))
+    taught = 0 if teacher is None else FP32 * teacher.parameters
+    return round(own + gathered + passes + taught) + RUNTIME
+
+
+def _outside_and_largest_layer(shape: ModelShape) -> tuple[int, int]:
+    """Elements in none of the repeated layers, and in the largest of these."""
+    layers: dict[str, int] = {}
+    for name, elements in shape.tensors:
+        if (numbered := _LAYER.match(name)) is not None:
+            layers[numbered[0]] = layers.get(numbered[0], 0) + elements
+    return shape.parameters - sum(layers.values()), max(layers.values(), default=0)
+
+
+def _halves(precision: str) -> tuple[bool, ...]:
+    """Whether matrix products may be in half precision: ``auto`` leaves it to the device."""
+    return (False, True) if precision == "auto" else (precision == "bf16",)
 
 
 def _logits(asked: Configuration) -> float:

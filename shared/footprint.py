@@ -17,7 +17,9 @@ from shared.specs import TrainSpec
 
 RUNTIME = 512 * 1024**2
 """What a process with torch takes before the first tensor: libraries, CUDA context, allocator."""
-_DECIDE = ("optimizer", "freeze", "packing", "precision", "mask_probability")
+_DECIDE = ("optimizer", "freeze", "packing", "gradient_checkpointing", "mask_probability")
+_AS_LARGE = {"tf32": "fp32", "fp16": "bf16"}
+"""Precisions that take as much memory as another."""
 _DECIDE_BY_BEING_THERE = ("label_smoothing", "momentum", "l1", "dropout")
 _NAMES = {
     *("_name_or_path", "transformers_version", "architectures", "id2label", "label2id"),
@@ -70,6 +72,7 @@ def configuration(
     options = spec.hyperparameters
     rows = spec.world_sizes.micro_batch
     kept: dict[str, Any] = {name: getattr(options, name) for name in _DECIDE}
+    kept["precision"] = _AS_LARGE.get(options.precision, options.precision)
     for name in _DECIDE_BY_BEING_THERE:
         value = getattr(options, name)
         kept[name] = 0.5 if value else value

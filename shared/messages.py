@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from shared.footprint import Configuration
 from shared.lifecycle import FailureClass
+from shared.resolved import Parallelism
 from shared.specs import DataFormat, InferSpec, TrainSpec
 
 
@@ -135,6 +136,7 @@ class TrainAssignment(Message):
     """Seconds after which a rank that gives no sign of life is taken to hang; 0: none ever is."""
     resume_from: tuple[CheckpointRef, ...] = ()
     """Newest first. A damaged one is reported and the next is tried; none: start at step 0."""
+    parallelism: Parallelism = "ddp"
     best_from: tuple[CheckpointRef, ...] = ()
     """The best models that those build on, which early stopping delivers in the end. Newest first."""
     device_mtbf: float = DEVICE_MTBF

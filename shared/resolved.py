@@ -35,6 +35,10 @@ class Requirements(BaseModel):
         return max((s for s in self.world_sizes or (self.devices,) if s <= free), default=0)
 
 
+Parallelism = Literal["ddp", "fsdp"]
+"""Whether each rank of a training has the whole model, or a part of it."""
+
+
 class ResolvedModel(BaseModel):
     model_config = ConfigDict(frozen=True)
 
@@ -61,6 +65,8 @@ class Resolved(BaseModel):
     model: ResolvedModel
     teacher: ResolvedModel | None = None
     requirements: Requirements
+    parallelism: Parallelism = "ddp"
+    parallelism_reason: str = ""
     configuration: Configuration | None = Field(None, exclude=True)
     """Of a training, as far as its memory goes. Kept with what is known about it, not in the job."""
     estimated_bytes: int | None = Field(None, exclude=True)

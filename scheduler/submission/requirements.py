@@ -13,6 +13,9 @@ from shared.resolved import Requirements
 from shared.specs import Feature, InferSpec, TrainSpec
 from shared.store.snapshot import DeviceState
 
+TF32 = 8.0
+"""The compute capability from which matrix products of fp32 can be computed in TF32."""
+
 
 def asked(spec: TrainSpec | InferSpec) -> Requirements:
     """What the user's own figures ask of each device. A precision is one: the device must have it."""
@@ -20,12 +23,13 @@ def asked(spec: TrainSpec | InferSpec) -> Requirements:
     precision = spec.hyperparameters.precision if isinstance(spec, TrainSpec) else spec.precision
     features: tuple[Feature, ...] = ("bf16",) if precision == "bf16" else ()
     usable = spec.world_sizes.usable if isinstance(spec, TrainSpec) else (resources.most,)
+    capability = max(resources.min_compute_capability or 0, TF32 if precision == "tf32" else 0)
     return Requirements(
         devices=usable[0],
         world_sizes=usable if len(usable) > 1 else (),
         accelerator=resources.accelerator,
         memory_bytes=int((resources.memory_gb or 0) * GIB),
-        compute_capability=round((resources.min_compute_capability or 0) * 10),
+        compute_capability=round(capability * 10),
         features=tuple(dict.fromkeys(resources.features + features)),
         memory_is_estimate=resources.memory_gb is None,
         memory_from="estimate" if resources.memory_gb is None else "user",

@@ -10,11 +10,12 @@ from typing import Any
 
 from sqlmodel import Session, func, select
 
-from scheduler.footprint import inference_bytes, training_bytes, training_length
+from scheduler.footprint import inference_bytes, sharded_bytes, training_bytes, training_length
 from scheduler.submission.data import Inputs, resolve_rows, resolve_training_data
 from scheduler.submission.fitting import require_fit
 from scheduler.submission.inline import rows_to_file, write_once
 from scheduler.submission.models import FoundModel, resolve_model, resolve_teacher
+from scheduler.submission.parallelism import Choice, choose_parallelism, in_shards
 from scheduler.submission.requirements import refuse_impossible, requirements, train_device
 from shared.errors import InvalidRequest, InvalidSpec
 from shared.footprint import Configuration
@@ -119,11 +120,20 @@ def resolve(
     needs = requirements(spec, model.shape, estimate)
     if configuration is not None:
         needs = store.call(known_needs, configuration.key, needs)
+    choice = Choice("ddp", "")
+    if isinstance(spec, TrainSpec):
+        part = _part(model, teacher, configuration, needs.devices)
+        choice = choose_parallelism(spec, needs, part, fleet)
+        if choice.parallelism == "fsdp":
+            # Of a part there is arithmetic alone: it is not measured, and no peak is remembered.
+            configuration, estimate, needs = None, part, in_shards(needs, part)
     refuse_impossible(spec, needs, fleet)
     found = Resolved(
         model=model.resolved,
         teacher=teacher.resolved if teacher else None,
         requirements=needs,
+        parallelism=choice.parallelism,
+        parallelism_reason=choice.reason,
         configuration=configuration,
         estimated_bytes=estimate,
         inputs=inputs.files,
@@ -155,6 +165,15 @@ def footprint(
         device=train_device(spec, fleet),
     )
     return asked, training_bytes(model.shape, asked, teacher.shape if teacher else None)
+
+
+def _part(
+    model: FoundModel, teacher: FoundModel | None, asked: Configuration | None, ranks: int
+) -> int | None:
+    """The bytes of each of so many ranks with the model in shards, as far as they are known."""
+    if model.shape is None or asked is None or ranks == 1:
+        return None
+    return sharded_bytes(model.shape, asked, ranks, teacher.shape if teacher else None)
 
 
 def check_key(key: str | None) -> None:

@@ -20,6 +20,7 @@ from shared.specs.common import (
     Retry,
     Strict,
     Task,
+    TrainPrecision,
 )
 from shared.specs.data import (
     ARCHITECTURE_TASKS,
@@ -97,6 +98,7 @@ __all__ = [
     "Strict",
     "Task",
     "TrainData",
+    "TrainPrecision",
     "TrainSpec",
     "parse_spec",
 ]

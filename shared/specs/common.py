@@ -16,6 +16,7 @@ class Strict(BaseModel):
 Accelerator = Literal["auto", "cpu", "cuda"]
 Feature = Literal["bf16", "fp8"]
 Precision = Literal["auto", "fp32", "bf16"]
+TrainPrecision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Task = Literal[
     "text-classification",
     "token-classification",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.specs.common import Precision, Strict
+from shared.specs.common import Strict, TrainPrecision
 from shared.specs.data import PACKED_LENGTH
 
 OPTIMIZER_OPTIONS: dict[str, tuple[str, ...]] = {
@@ -67,7 +67,17 @@ class Hyperparameters(Strict):
     contrastive_temperature: float = Field(
         0.05, gt=0, le=10, description="embeddings: lower tells near texts apart more sharply."
     )
-    precision: Precision = "auto"
+    precision: TrainPrecision = Field(
+        "auto",
+        description="Of matrix products; weights, gradients and the optimizer stay fp32. auto: bf16 "
+        "where the device has it, else fp32. fp16 scales the loss so that small gradients are not "
+        "lost, for devices without bf16. tf32: fp32 with shorter factors, on CUDA from 8.0.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Keep the input of each layer alone and compute the rest again for the backward "
+        "pass: less memory for longer steps, same result.",
+    )
     seed: int = Field(42, ge=0, lt=2**63)
     eval_every_steps: int | None = Field(None, ge=1, description="Default: once an epoch.")
 

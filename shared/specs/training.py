@@ -63,6 +63,12 @@ class TrainSpec(JobFields):
     architecture: Architecture | None = None
     data: TrainData
     hyperparameters: Hyperparameters = Hyperparameters()
+    parallelism: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="ddp: each device holds the whole model; fsdp: a part of its weights, gradients and "
+        "moments. auto: ddp, unless by the footprint no device of the fleet is large enough for that "
+        "and resources.devices together are.",
+    )
     checkpoint: Checkpointing = Checkpointing()
     publish: str | None = Field(
         None,
@@ -154,6 +160,23 @@ class TrainSpec(JobFields):
         return PREFERENCE_COLUMNS if self.preference is not None else TASK_COLUMNS[self.task]
 
     @property
+    def not_in_shards(self) -> str | None:
+        """Why the model cannot be trained in shards, if so."""
+        if self.resources.most == 1:
+            return "resources.devices is 1: there is nothing to divide the model among"
+        if self.hyperparameters.optimizer == "adafactor":
+            return "adafactor sums over rows and columns of whole weights: choose another optimizer"
+        if self.preference is not None:
+            return "preference compares with the whole model as it was before: choose 'ddp'"
+        return None
+
+    @model_validator(mode="after")
+    def _can_be_in_shards(self) -> Self:
+        if self.parallelism == "fsdp" and self.not_in_shards is not None:
+            raise ValueError(f"parallelism 'fsdp' does not apply: {self.not_in_shards}")
+        return self
+
+    @property
     def labels_needed(self) -> int:
         """Different labels without which there is nothing to tell apart; 0 for a task without labels."""
         if self.task == "token-classification":
@@ -239,6 +262,15 @@ class TrainSpec(JobFields):
                 + (" and micro_batch_size 1" if self.hyperparameters.micro_batch_size == 1 else "")
                 + " leaves one pair alone; a rank needs 2 or more at once"
             )
-        if self.hyperparameters.precision == "fp32" and "bf16" in self.resources.features:
-            raise ValueError("precision 'fp32' and the required feature 'bf16' contradict")
+        return self
+
+    @model_validator(mode="after")
+    def _precision_fits_the_devices(self) -> Self:
+        precision = self.hyperparameters.precision
+        if precision not in ("auto", "bf16") and "bf16" in self.resources.features:
+            raise ValueError(f"precision '{precision}' and the required feature 'bf16' contradict")
+        if precision == "tf32" and self.resources.accelerator == "cpu":
+            raise ValueError(
+                "precision 'tf32' is of CUDA devices: set accelerator 'cuda', or 'fp32'"
+            )
         return self

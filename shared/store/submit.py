@@ -103,9 +103,10 @@ def insert_job(
     if rows:
         session.execute(insert(Shard), rows)
     job = session.get_one(Job, job_id)
-    tell(
-        session, job, "submitted", f"submitted: {spec.kind} {spec.task} with {resolved.model.label}"
-    )
+    said = f"submitted: {spec.kind} {spec.task} with {resolved.model.label}"
+    if resolved.parallelism == "fsdp":
+        said += f"; the model in shards (FSDP), {resolved.parallelism_reason}"
+    tell(session, job, "submitted", said)
     wake(session, WAKE_SCHEDULER)
     return job, True
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from shared.formats import DataFile, format_of
 from shared.messages import (
@@ -273,6 +273,7 @@ def make_assignment(
     resume_from: Iterable[CheckpointRef] = (),
     best_from: Iterable[CheckpointRef] = (),
     cache: Path | None = None,
+    parallelism: Literal["ddp", "fsdp"] = "ddp",
     teacher: Path | None = None,
     micro_batch: int | None = None,
     **hyperparameters: Any,
@@ -315,6 +316,7 @@ def make_assignment(
         cache_dir=None if cache is None else str(cache),
         work_dir=str(work_dir),
         micro_batch=micro_batch,
+        parallelism=parallelism,
         resume_from=tuple(resume_from),
         best_from=tuple(best_from),
     )

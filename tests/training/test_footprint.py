@@ -37,6 +37,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "bert": ("bert", "text-classification", {}, {}),
     "bert-lora": ("bert", "text-classification", {"method": "lora"}, {}),
     "bert-frozen": ("bert", "token-classification", {}, {"freeze": ["*embeddings*"]}),
+    "bert-recomputed": (
+        "bert", "text-classification", {}, {"gradient_checkpointing": True, "batch_size": 64},
+    ),
+    "llama-recomputed": (
+        "llama", "text-generation", {"method": "lora"},
+        {"gradient_checkpointing": True, "batch_size": 8},
+    ),
     "bert-taught": (
         "bert", "text-classification", {"method": "distillation", "teacher": "t"}, {},
     ),

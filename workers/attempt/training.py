@@ -149,6 +149,7 @@ def training_assignment(
         validation_path=_validation_path(data, validation, spec),
         validation_format=validation.format if validation else "jsonl",
         work_dir=str(folder.path),
+        parallelism=resolved.parallelism,
         cache_dir=str(_cache(data)),
         micro_batch=claimed.micro_batch,
         hung_after=site.settings.hung_after,

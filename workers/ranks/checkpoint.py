@@ -1,9 +1,10 @@
 """Checkpoints on disk: whole or not there, without pickle, and verified before they are believed.
 
 A checkpoint is a folder with one or more parts (``state-00000-of-00002.safetensors``: tensors, each in
-one of the parts), ``state.json`` (all else) and ``manifest.json`` (size and SHA-256 of the others). It
-is written aside, each part by whoever holds its tensors, synced and renamed into place once all parts
-are there: death at any moment leaves either all of it or a hidden folder that nobody reads.
+one of the parts or, of a model in shards, in pieces: ``workers/ranks/train/pieces.py``), ``state.json``
+(all else) and ``manifest.json`` (size and SHA-256 of the others). It is written aside, each part by
+whoever holds its tensors, synced and renamed into place once all parts are there: death at any moment
+leaves either all of it or a hidden folder that nobody reads.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from shared.messages import UNFINISHED, CheckpointRef, FileDigest
 
@@ -123,24 +123,18 @@ def read_state(checkpoint: CheckpointRef) -> dict[str, Any]:
     return state
 
 
-def read_tensors(checkpoint: CheckpointRef) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint that was verified, of all its parts.
+def part_files(checkpoint: CheckpointRef) -> list[str]:
+    """The files that the tensors of a checkpoint are in, in order.
 
     Raises:
-        CheckpointDamaged: a part is missing, or no part is what it should be.
+        CheckpointDamaged: its manifest lacks one.
     """
     found = sorted(name for name in checkpoint.manifest if _PART.fullmatch(name))
     if not found or found != [part_name(n, len(found)) for n in range(len(found))]:
         raise CheckpointDamaged(
             f"its manifest does not list every part, but {', '.join(found) or 'none'}"
         )
-    tensors: dict[str, torch.Tensor] = {}
-    try:
-        for name in found:
-            tensors |= load_file(Path(checkpoint.path) / name)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointDamaged(f"it cannot be loaded: {error}") from error
-    return tensors
+    return found
 
 
 def verify(checkpoint: CheckpointRef) -> None:

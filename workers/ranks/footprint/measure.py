@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from shared.footprint import Configuration
-from shared.specs import Precision
+from shared.specs import TrainPrecision
 from workers.ranks.footprint.pretend import FusedAttention, PretendedBytes, pretend
 from workers.ranks.footprint.step import Step
 from workers.ranks.footprint.subject import Subject, make_batch, make_subject
@@ -30,11 +30,11 @@ def measure(configuration: Configuration) -> int:
         Exception: whatever a model raises that cannot be computed without content.
     """
     precision = configuration.spec.hyperparameters.precision
-    ways: tuple[Precision, ...] = ("fp32", "bf16") if precision == "auto" else (precision,)
+    ways: tuple[TrainPrecision, ...] = ("fp32", "bf16") if precision == "auto" else (precision,)
     return max(_measure(configuration, way) for way in ways)
 
 
-def _measure(configuration: Configuration, precision: Precision) -> int:
+def _measure(configuration: Configuration, precision: TrainPrecision) -> int:
     fused = configuration.device == "cuda"
     subject = make_subject(configuration, torch.device("meta"))
     pretend(subject.models)
@@ -44,7 +44,7 @@ def _measure(configuration: Configuration, precision: Precision) -> int:
 
 
 def peak_of(
-    configuration: Configuration, subject: Subject, counted: LiveBytes, precision: Precision
+    configuration: Configuration, subject: Subject, counted: LiveBytes, precision: TrainPrecision
 ) -> int:
     """The peak over a training step, once the optimizer has its state, and an evaluation's batch.
 

@@ -29,6 +29,7 @@ from workers.ranks.train.columns import Collector
 from workers.ranks.train.distillation import Distillation
 from workers.ranks.train.examples import Batch, Examples
 from workers.ranks.train.freezing import freeze
+from workers.ranks.train.recompute import recompute_layers
 from workers.ranks.train.scratch import make_model
 from workers.ranks.train.tasks.base import Loaded, Objective, Predicts, Task
 from workers.ranks.train.tasks.embeddings import Embeddings
@@ -109,6 +110,8 @@ def make_subject(configuration: Configuration, device: torch.device) -> Subject:
         with device:
             add_lora(model, spec.adaptation, seed=0, train_head=configuration.labels > 0)
     freeze(model, spec.hyperparameters.freeze)
+    if spec.hyperparameters.gradient_checkpointing:
+        recompute_layers(model)
     if configuration.teacher is None:
         return Subject(model, None, task, task)
     teacher = _model(configuration, _config(configuration.teacher), device)

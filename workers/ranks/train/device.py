@@ -14,7 +14,7 @@ import torch
 from shared.footprint import RUNTIME
 from shared.lifecycle import FailureClass
 from shared.messages import DeviceHandle
-from shared.specs import Precision
+from shared.specs import TrainPrecision
 from workers.ranks.train.failures import TrainingFailed
 
 _STATM = Path("/proc/self/statm")
@@ -49,10 +49,19 @@ class Compute:
     """Of the process group: gloo or nccl."""
     half: torch.dtype | None
     """What autocast computes matrix products in; None: everything is fp32."""
+    tf32: bool = False
+    """Whether the factors of fp32 matrix products are rounded to 10 bits (Ampere and newer)."""
 
     @property
     def precision(self) -> str:
-        return "fp32" if self.half is None else "bf16"
+        if self.half is None:
+            return "tf32" if self.tf32 else "fp32"
+        return "fp16" if self.scales_loss else "bf16"
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether gradients may be too small for the precision: those below 6e-8 are 0 in fp16."""
+        return self.half is torch.float16
 
     def autocast(self) -> AbstractContextManager[object]:
         """For forward passes; parameters, gradients and the optimizer stay fp32."""
@@ -111,21 +120,24 @@ class Compute:
         return (most - sum(mapped)) * 1024
 
 
-def open_device(handle: DeviceHandle, precision: Precision) -> Compute:
+def open_device(handle: DeviceHandle, precision: TrainPrecision) -> Compute:
     """Bind the process to its device and switch on deterministic kernels.
 
     Must be the first thing that touches the device: both environment variables are read when CUDA
     is initialised. The CUDA part follows PyTorch's notes on reproducibility; it has not been run.
 
+    ``auto`` is bf16 where the device has it and else fp32, never fp16: that has a smaller range, so a
+    training might skip steps or diverge that would not on another device.
+
     Raises:
-        TrainingFailed: the device is not there (lost_device), or cannot compute in bf16.
+        TrainingFailed: the device is not there (lost_device), or cannot compute in the precision.
     """
     torch.set_num_threads(handle.threads)
     torch.use_deterministic_algorithms(True)
     # With deterministic algorithms torch also fills every new tensor with NaN: nothing here reads
     # memory it has not written, so that would be time for nothing.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    half = torch.bfloat16 if precision == "bf16" or (precision == "auto" and handle.bf16) else None
+    half = _half(precision, handle)
     if handle.kind == "cpu":
         return Compute(device=torch.device("cpu"), backend="gloo", half=half)
 
@@ -142,11 +154,25 @@ def open_device(handle: DeviceHandle, precision: Precision) -> Compute:
         )
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
-    if half is not None and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise TrainingFailed(
-            FailureClass.USER_ERROR,
-            "precision_unsupported",
-            f"device '{handle.id}' does not compute in bf16",
-            "Ask for resources.features ['bf16'], or set hyperparameters.precision to 'fp32'.",
-        )
-    return Compute(device=device, backend="nccl", half=half)
+    if half is torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise _unsupported(handle, "bf16", "Ask for resources.features ['bf16']")
+    if precision == "tf32":
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise _unsupported(handle, "tf32", "Ask for resources.min_compute_capability 8.0")
+        torch.set_float32_matmul_precision("high")
+    return Compute(device=device, backend="nccl", half=half, tf32=precision == "tf32")
+
+
+def _half(precision: TrainPrecision, handle: DeviceHandle) -> torch.dtype | None:
+    if precision == "fp16":
+        return torch.float16
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and handle.bf16) else None
+
+
+def _unsupported(handle: DeviceHandle, precision: str, advice: str) -> TrainingFailed:
+    return TrainingFailed(
+        FailureClass.USER_ERROR,
+        "precision_unsupported",
+        f"device '{handle.id}' does not compute in {precision}",
+        f"{advice}, or set hyperparameters.precision to 'fp32'.",
+    )

@@ -28,8 +28,9 @@ from workers.ranks.train.loop import Trainer
 from workers.ranks.train.notices import tell_about_data
 from workers.ranks.train.optimizer import make_optimizer
 from workers.ranks.train.order import BatchPlan, Indices, plan_batches
-from workers.ranks.train.parallel import set_aside_unused, warm_up_batch
+from workers.ranks.train.parallel import Parallel, set_aside_unused, warm_up_batch
 from workers.ranks.train.reading import read_data, training_file
+from workers.ranks.train.recompute import recompute_layers
 from workers.ranks.train.reference import add_reference
 from workers.ranks.train.reports import RankChannel, Reporter
 from workers.ranks.train.saving import best_model
@@ -41,6 +42,7 @@ from workers.ranks.train.state import (
     fingerprint,
     require_agreement,
     resume,
+    sample_weights,
 )
 from workers.ranks.train.stopping import best_of
 from workers.ranks.train.tasks import Task, open_task
@@ -89,6 +91,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     spec, options = assignment.spec, assignment.spec.hyperparameters
     compute = open_device(assignment.device, options.precision)
     gang = join(assignment, compute, reporter)
+    parallel = Parallel(compute, gang)
 
     began = time.monotonic()
     assignment = write_out_datasets(assignment, gang, reporter)
@@ -102,7 +105,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     model = task.loaded.model
     _require_fitting_tokenizer(task, training, validation)
 
-    model.to(compute.device)  # type: ignore[arg-type]
+    parallel.place(model)
     reporter.rows_at_once = min(plan.micro_batch, -(-len(training) // plan.ranks))
     if isinstance(task, Preferences):
         training, validation = add_reference(
@@ -112,13 +115,17 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     if spec.method == "lora":
         adapter = _add_lora(task, spec)
     frozen = freeze(model, options.freeze)
+    if options.gradient_checkpointing:
+        recompute_layers(model)
+    samples, name = sample_weights(model), f"{model_path.name}: {type(model).__name__}"
+    parallel.divide(model)
     objective = _objective(assignment, task, rows, compute, reporter)
     warm_up = warm_up_batch(objective, training, plan, compute)
     unused = set_aside_unused(objective, model, warm_up, compute)
     optimizer = make_optimizer(model, options)
-    own = fingerprint(spec, training.digest(), model)
+    own = fingerprint(spec, training.digest(), model, samples)
     require_agreement(gang, own)
-    _say_what(reporter, model_path.name, assignment, task, compute, frozen, unused)
+    _say_what(reporter, name, assignment, task, compute, frozen, unused)
     _say_how_much(reporter, training, validation, task, plan)
 
     resumed = resume(
@@ -153,6 +160,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
         validation=validation,
         compute=compute,
         gang=gang,
+        parallel=parallel,
         reporter=reporter,
         checkpoints=Path(assignment.work_dir) / "checkpoints",
         fingerprint=own,
@@ -170,6 +178,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     with health.watching():
         evaluation = trainer.run(position)
     seconds = time.monotonic() - train_began
+    parallel.gather(model)
     gang.leave()
 
     summary: dict[str, Any] = {"peak_memory_bytes": compute.peak_memory()}
@@ -274,7 +283,7 @@ def _say_what(
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         aside += f", {trained:,} trained (LoRA)"
     reporter.say(
-        f"model {name}: {type(model).__name__}, "
+        f"model {name}, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters{aside}, "
         f"{task.loaded.head}"
     )
@@ -282,6 +291,7 @@ def _say_what(
         f"device {assignment.device.id} ({compute.device.type}), precision {compute.precision}, "
         f"{assignment.device.threads} thread(s), {assignment.world_size} rank(s)"
         + (f" over {compute.backend}" if assignment.world_size > 1 else "")
+        + (", the model in shards (FSDP)" if assignment.parallelism == "fsdp" else "")
     )
 
 
@@ -330,6 +340,7 @@ def _summary(
     )
     return {
         "steps": position.step,
+        "skipped_steps": position.loss_scale.skipped,
         "epochs": position.step / plan.steps_per_epoch,
         "metrics": evaluation.values if evaluation else {},
         "objective": {

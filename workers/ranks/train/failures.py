@@ -44,14 +44,18 @@ class DataProblem(TrainingFailed):
 
 
 class Diverged(TrainingFailed):
-    """Loss or gradient is no longer finite."""
+    """Loss or gradient is no longer finite; ``scaled``: nor was it with any loss scale of fp16."""
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, *, scaled: bool = False) -> None:
+        self.scaled = scaled
         super().__init__(
             FailureClass.USER_ERROR,
             "diverged",
             message,
-            "Lower hyperparameters.learning_rate, add warm-up, or keep max_grad_norm set.",
+            "The range of fp16 does not suffice: set hyperparameters.precision to 'bf16' or 'fp32', or "
+            "lower the learning rate."
+            if scaled
+            else "Lower hyperparameters.learning_rate, add warm-up, or keep max_grad_norm set.",
         )
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,7 @@ TIMEOUT_VARIABLE = "GPUYARD_RENDEZVOUS_SECONDS"
 _COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 _POLL_SECONDS = 0.05
 _SIOCGIFADDR = 0x8915
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,8 @@ class Gang:
     store: Store | None = None
     pulse: Pulse = field(default_factory=Pulse, compare=False)
     """What this rank is doing: it notes here when it waits for others."""
+    sharded: bool = False
+    """Whether each rank has a part of the model only, so that every call of it is one of all ranks."""
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Add up values of all ranks; all get the same sums, in float64."""
@@ -55,6 +58,15 @@ class Gang:
         with self.pulse.waiting():
             dist.all_reduce(tensor)
             return [float(value) for value in tensor.tolist()]
+
+    def deal(self, items: Sequence[T]) -> list[tuple[T, bool]]:
+        """This rank's share of what is to be put through the model, dealt out like cards, and whether
+        each counts. Ranks with a sharded model call it equally often: a rank that has less computes
+        the first item for nothing."""
+        own = [(item, True) for item in items[self.rank :: self.world_size]]
+        if self.sharded and len(own) * self.world_size < len(items):
+            own.append((items[0], False))
+        return own
 
     def share(self, key: str, value: Any) -> Any:
         """Rank 0's ``value`` (what JSON can hold), on every rank. Each key once in a gang's life."""
@@ -140,7 +152,13 @@ def join(assignment: TrainAssignment, compute: Compute, reporter: Reporter) -> G
         timeout=_COLLECTIVE_TIMEOUT,
         device_id=compute.device if compute.device.type == "cuda" else None,
     )
-    return Gang(rank, world_size, compute.device, PrefixStore("gang", store))
+    return Gang(
+        rank,
+        world_size,
+        compute.device,
+        PrefixStore("gang", store),
+        sharded=assignment.parallelism == "fsdp",
+    )
 
 
 def _open_store(host: str, world_size: int, seconds: float) -> tuple[Store, int]:

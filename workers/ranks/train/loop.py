@@ -21,6 +21,7 @@ from workers.ranks.train.failures import Diverged, Preempted
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.health.health import Health
 from workers.ranks.train.order import BatchPlan, Indices, epoch_order
+from workers.ranks.train.parallel import Parallel
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.saving import Saver, best_model
 from workers.ranks.train.schedule import Schedule
@@ -49,6 +50,7 @@ class Trainer:
         validation: Examples | None,
         compute: Compute,
         gang: Gang,
+        parallel: Parallel,
         reporter: Reporter,
         checkpoints: Path,
         fingerprint: Fingerprint,
@@ -68,6 +70,7 @@ class Trainer:
         self._validation = validation
         self._compute = compute
         self._gang = gang
+        self._parallel = parallel
         self._reporter = reporter
         self._evaluation_batch = evaluation_batch
         self._health = health
@@ -83,6 +86,7 @@ class Trainer:
             training=training,
             compute=compute,
             gang=gang,
+            parallel=parallel,
         )
         self._saver = Saver(
             rules=spec.checkpoint,
@@ -125,7 +129,7 @@ class Trainer:
             wanted_back = float(self._has_to_leave(position, began))
             signals = [wanted_back, self._saver.wish(), float(self._saver.written_step or 0)]
             try:
-                update = self._stepper.step(position.step, batch, signals)
+                update = self._stepper.step(position.step, batch, signals, position.loss_scale)
             except Diverged as end:
                 raise self._health.explain(end) from None
             _, wishes, written = update.signals
@@ -191,13 +195,14 @@ class Trainer:
         return evaluation
 
     def _judge(self, validation: Examples) -> Evaluation:
-        return self._task.evaluate(
-            self._model,
-            validation,
-            batch_size=self._evaluation_batch,
-            compute=self._compute,
-            gang=self._gang,
-        )
+        with self._parallel.evaluating(self._model):
+            return self._task.evaluate(
+                self._model,
+                validation,
+                batch_size=self._evaluation_batch,
+                compute=self._compute,
+                gang=self._gang,
+            )
 
     def _ends_early(self, position: Position) -> bool:
         # Every rank has the same evaluations, and so decides the same.

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from shared.specs import Hyperparameters
 
@@ -49,7 +50,9 @@ def make_optimizer(model: nn.Module, options: Hyperparameters) -> torch.optim.Op
                 groups, lr=rate, betas=options.betas, eps=options.eps, fused=True
             )
         case "sgd":
-            return torch.optim.SGD(groups, lr=rate, momentum=options.momentum, fused=True)
+            # The fused kernel does not know tensors in shards.
+            fused = not any(isinstance(p, DTensor) for p in (*matrices, *others))
+            return torch.optim.SGD(groups, lr=rate, momentum=options.momentum, fused=fused)
         case "adafactor":
             # One tensor after the other: the other way takes the model's size of memory once more.
             return torch.optim.Adafactor(groups, lr=rate, foreach=False)

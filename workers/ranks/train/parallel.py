@@ -1,10 +1,14 @@
-"""The model as DDP computes it."""
+"""How the ranks compute one model together: each has all of it (DDP), or each a part (FSDP2)."""
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
@@ -12,6 +16,7 @@ from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Batch, Examples
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import BatchPlan
+from workers.ranks.train.sharding import gather, shard, whole
 from workers.ranks.train.tasks.base import Objective
 
 
@@ -37,13 +42,69 @@ def set_aside_unused(objective: Objective, model: nn.Module, batch: Batch, compu
     return unused
 
 
-def parallelise(
-    objective: Objective, model: PreTrainedModel, batch: Batch, compute: Compute, gang: Gang
+class Parallel:
+    """How one model is computed. All ranks make the same calls, in the order of the methods.
+
+    With ``gang.sharded`` the model is in shards, else every rank has all of it; a gang of one needs
+    neither.
+    """
+
+    def __init__(self, compute: Compute, gang: Gang) -> None:
+        self._compute = compute
+        self._gang = gang
+
+    def place(self, model: PreTrainedModel) -> None:
+        """Put the model as it was loaded on the device; one that is going to be cut stays on the host."""
+        if not self._gang.sharded:
+            model.to(self._compute.device)  # type: ignore[arg-type]
+
+    def divide(self, model: PreTrainedModel) -> None:
+        """Cut the model, once it has all its layers and it is known what of it is frozen."""
+        if self._gang.sharded:
+            shard(model, self._compute, self._gang)
+
+    def wrap(self, objective: Objective, model: PreTrainedModel, batch: Batch) -> nn.Module:
+        """The model as training calls it, warmed up with ``batch``."""
+        model.train()
+        if self._gang.world_size == 1 or self._gang.sharded:
+            return model
+        return _replicate(objective, model, batch, self._compute)
+
+    def adding_up(self, wrapped: nn.Module) -> AbstractContextManager[None]:
+        """For the passes of a step but the last one: gradients are exchanged once a step, in that.
+
+        Those of a model in shards are, in every pass: each rank keeps its part of the sum. To keep
+        all of them for one exchange would take the memory that it is in shards to save.
+        """
+        if isinstance(wrapped, DistributedDataParallel):
+            return wrapped.no_sync()
+        return nullcontext()
+
+    def clip(self, trained: Sequence[nn.Parameter], limit: float | None) -> float:
+        """The norm of the gradient, the same on every rank; above ``limit`` it is brought down to it."""
+        norm = nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit)
+        return float(whole(norm))
+
+    @contextmanager
+    def evaluating(self, model: nn.Module) -> Iterator[None]:
+        """For evaluations, which may call a part of the model by itself, as generation does with an
+        encoder: what belongs to no layer is there for them all along."""
+        if not isinstance(model, FSDPModule):
+            yield
+            return
+        model.unshard()
+        yield
+        model.reshard()
+
+    def gather(self, model: PreTrainedModel) -> None:
+        """Make rank 0's model whole, to be delivered."""
+        if self._gang.sharded:
+            gather(model, self._gang)
+
+
+def _replicate(
+    objective: Objective, model: PreTrainedModel, batch: Batch, compute: Compute
 ) -> nn.Module:
-    """The model as the gang computes it, warmed up with ``batch``; a gang of one needs no DDP."""
-    model.train()
-    if gang.world_size == 1:
-        return model
     with warnings.catch_warnings():
         # Renamed in torch 2.13; the name that older versions know still works.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from shared.lifecycle import FailureClass
 from shared.messages import CheckpointRef, CheckpointWritten
 from shared.specs import Checkpointing
 from workers.ranks.checkpoint import Written
 from workers.ranks.train.device import Compute
+from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.interval import Cost, Interval, duration
+from workers.ranks.train.pieces import own_pieces
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.shares import HostCopy, divide, find_writers
 from workers.ranks.train.state import BUFFER, Fingerprint, Position, describe, tensors_of
@@ -76,6 +79,8 @@ class Saver:
         self._gang = gang
         self._reporter = reporter
         self._writers = find_writers(folder, gang)
+        if gang.sharded and len(self._writers) < gang.world_size:
+            raise _not_shared(gang, self._writers)
         self._writer = CheckpointWriter(folder, gang, self._writers, self._written)
         self._copy, self._spare = HostCopy(compute), HostCopy(compute)
         self._held: _Copied | None = None
@@ -153,11 +158,10 @@ class Saver:
         if not hold:
             self._write_held()
             self._writer.settle()
-        tensors = dict(tensors_of(self._model, self._optimizer))
         memory = self._spare if hold else self._copy
         copied = _Copied(
             step=position.step,
-            tensors=memory.take({name: tensors[name] for name in self._share(tensors)}),
+            tensors=memory.take(self._share(tensors_of(self._model, self._optimizer))),
             state=describe(self._fingerprint, self._gang, position),
             best_step=best.step if best else None,
             waited=time.monotonic() - began,
@@ -192,13 +196,17 @@ class Saver:
         self._writer.submit(copied.step, copied.tensors, copied.state)
         self._cost.waited(copied.waited)
 
-    def _share(self, tensors: dict[str, torch.Tensor]) -> list[str]:
+    def _share(self, held: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What this rank writes: its shards, or its share of what every rank has."""
+        if self._gang.sharded:
+            return own_pieces(held, self._gang)
+        tensors = dict(held)
         if self._gang.rank not in self._writers:
-            return []
+            return {}
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         of_first = {name for name in tensors if name.startswith(BUFFER)}
         shares = divide(sizes, len(self._writers), of_first)
-        return shares[self._writers.index(self._gang.rank)]
+        return {name: tensors[name] for name in shares[self._writers.index(self._gang.rank)]}
 
     def _adapt(self) -> None:
         cost = self._cost.seconds
@@ -234,6 +242,17 @@ class Saver:
             f"checkpoint of step {written.step}{which}: {size / 1e6:.1f} MB in {seconds:.2f} s{by}, "
             f"training waited {copied.waited:.2f} s"
         )
+
+
+def _not_shared(gang: Gang, writers: Collection[int]) -> TrainingFailed:
+    apart = ", ".join(str(rank) for rank in range(gang.world_size) if rank not in writers)
+    return TrainingFailed(
+        FailureClass.INFRASTRUCTURE,
+        "checkpoints_not_shared",
+        f"rank(s) {apart} cannot write where rank 0 keeps checkpoints, and only they have their shards "
+        "of the model",
+        "GPUYARD_DATA must be the same folder on all hosts.",
+    )
 
 
 def best_model(task: Task, position: Position) -> Best | None:

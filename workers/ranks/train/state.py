@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,19 +19,21 @@ from torch import nn
 from shared.lifecycle import FailureClass
 from shared.messages import CheckpointRef, TrainAssignment
 from shared.specs import TrainSpec
-from workers.ranks.checkpoint import CheckpointDamaged, read_state, read_tensors
+from workers.ranks.checkpoint import CheckpointDamaged, read_state
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.history import Row
 from workers.ranks.train.order import same_bits
+from workers.ranks.train.pieces import load, require_parts
 from workers.ranks.train.reports import Reporter
+from workers.ranks.train.scaling import LossScale
 from workers.ranks.train.stopping import Best
 
 _FORMAT = 3
 BUFFER = "buffer."
 """How the names of buffers begin. Ranks do not agree on these: rank 0's are everyone's after a resume."""
 _SAMPLED = 256
-"""Numbers of a frozen weight that are looked at, about."""
+"""Numbers of a weight that are looked at, about."""
 
 _LISTS = ("evaluations", "history", "attempts")
 
@@ -49,11 +51,20 @@ class Position:
     history: list[Row] = field(default_factory=list)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     """Those that led here, by number: from which step, on how many ranks, on which device of rank 0."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """Moves with fp16 alone."""
 
     def as_json(self) -> dict[str, Any]:
         """A copy that stays as it is. Faster than ``asdict``: training waits for it."""
         copied = {name: list(map(copy.copy, getattr(self, name))) for name in _LISTS}
-        return {"step": self.step, "seconds": self.seconds, **copied}
+        scale = asdict(self.loss_scale)
+        return {"step": self.step, "seconds": self.seconds, **copied, "loss_scale": scale}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Position:
+        """That of a checkpoint, as JSON has it."""
+        values = dict(state["position"])
+        return cls(**{**values, "loss_scale": LossScale(**values.get("loss_scale", {}))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +77,21 @@ class Resumed:
     """Where the best model so far is, on rank 0, if early stopping is to deliver it."""
 
 
-def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
-    """Digests of all that must be equal for a checkpoint to continue this training.
+def sample_weights(model: nn.Module) -> dict[str, bytes]:
+    """Some numbers of each weight, to know it by. Of a model that is not in shards yet."""
+    samples = {}
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().contiguous()
+        samples[name] = some.numpy().tobytes()
+    return samples
+
+
+def fingerprint(
+    spec: TrainSpec, data: str, model: nn.Module, samples: Mapping[str, bytes]
+) -> Fingerprint:
+    """Digests of all that must be equal for a checkpoint to continue this training. ``samples`` are
+    those of the model before training.
 
     Of the spec counts what shapes the training: a job may go on under another priority.
     """
@@ -83,19 +107,17 @@ def fingerprint(spec: TrainSpec, data: str, model: nn.Module) -> Fingerprint:
         "spec": _digest(chosen),
         "data": data,
         "parameters": _digest(shapes),
-        "frozen": _frozen_digest(model),
+        "frozen": _frozen_digest(model, samples),
     }
 
 
-def _frozen_digest(model: nn.Module) -> str:
+def _frozen_digest(model: nn.Module, samples: Mapping[str, bytes]) -> str:
     """Of some numbers of each weight that training leaves alone. No checkpoint holds those: they have
     to be in the model folder what they were."""
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
-            flat = parameter.detach().flatten()
-            some = flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().contiguous()
-            sha.update(name.encode() + some.numpy().tobytes())
+            sha.update(name.encode() + samples[name])
     return sha.hexdigest()
 
 
@@ -147,20 +169,18 @@ def resume(
     ``best_of`` says which model training would deliver from a position, if it were to end there with
     another than its last; a checkpoint without that one is not whole.
 
-    Rank 0 alone reads and decides, and hands what it read to the others: so all agree, and only its
-    host needs to see the folder.
+    Rank 0 alone decides, so all agree.
     """
     chosen: dict[str, Any] | None = None
-    tensors: dict[str, torch.Tensor] = {}
     best: CheckpointRef | None = None
     if gang.rank == 0:
         for index, checkpoint in enumerate(assignment.resume_from):
             try:
                 state = read_state(checkpoint)
                 _require_same_training(state, own)
-                needed = best_of(Position(**state["position"]))
+                needed = best_of(Position.of(state))
                 best = _find_best(needed, checkpoint, assignment.best_from, own)
-                tensors = read_tensors(checkpoint)
+                require_parts(checkpoint)
             except CheckpointDamaged as problem:
                 reporter.notice(
                     "checkpoint_damaged",
@@ -183,28 +203,27 @@ def resume(
     chosen = gang.share("resume", chosen)
     if chosen is None:
         return None
-    _allocate_state(optimizer)
-    if gang.rank == 0:
-        with torch.no_grad():
-            for name, tensor in tensors_of(model, optimizer):
-                tensor.copy_(tensors[name])
-    gang.spread(tensor for _, tensor in tensors_of(model, optimizer))
-    return Resumed(assignment.resume_from[chosen["index"]], Position(**chosen["position"]), best)
+    position = Position.of(chosen)
+    if position.step > position.loss_scale.skipped:
+        # An optimizer that has not moved a weight yet keeps nothing.
+        _allocate_state(optimizer)
+    checkpoint = assignment.resume_from[chosen["index"]]
+    load(checkpoint, tensors_of(model, optimizer), gang)
+    return Resumed(checkpoint, position, best)
 
 
 def restore_best(model: nn.Module, best: CheckpointRef | None, gang: Gang) -> None:
-    """Give the model of every rank the weights of the checkpoint ``best``, which rank 0 reads.
+    """Give the model of every rank the weights of the checkpoint ``best``, which rank 0 knows of.
 
     Raises:
         TrainingFailed: it is no longer what was written (infrastructure): the next attempt sees that
             when it starts, and goes on from before it.
     """
-    weights = dict(_model_tensors(model))
     if gang.rank == 0:
         assert best is not None  # noqa: S101  written by this attempt, or found when it began
         try:
             read_state(best)
-            tensors = read_tensors(best)
+            require_parts(best)
         except CheckpointDamaged as problem:
             raise TrainingFailed(
                 FailureClass.INFRASTRUCTURE,
@@ -212,10 +231,8 @@ def restore_best(model: nn.Module, best: CheckpointRef | None, gang: Gang) -> No
                 f"the best model, of step {best.step}, cannot be delivered: {problem}",
                 "Look at the disk of the service's data folder.",
             ) from problem
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                tensor.copy_(tensors[name])
-    gang.spread(weights.values())
+    found = gang.share("best", best and best.model_dump(mode="json"))
+    load(CheckpointRef.model_validate(found), _model_tensors(model), gang)
 
 
 def _find_best(

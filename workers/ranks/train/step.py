@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from shared.specs import Hyperparameters
@@ -26,7 +24,8 @@ from workers.ranks.train.gang import Gang
 from workers.ranks.train.health.work import OwnWork
 from workers.ranks.train.optimizer import add_l1, regularised
 from workers.ranks.train.order import BatchPlan, Indices, MicroBatch, derive, micro_batches
-from workers.ranks.train.parallel import parallelise, warm_up_batch
+from workers.ranks.train.parallel import Parallel, warm_up_batch
+from workers.ranks.train.scaling import LossScale, unscale
 from workers.ranks.train.schedule import Schedule
 from workers.ranks.train.tasks.base import Objective
 
@@ -46,6 +45,10 @@ class Update:
     """What each rank gave ``Stepper.step``, summed over the ranks."""
     own_seconds: list[float]
     """What each rank took for its own part, before it waited for the others."""
+    scale: float | None = None
+    """What the loss was multiplied by, with fp16."""
+    skipped: bool = False
+    """Whether that was too much: no weight was moved, and ``norm`` is not finite."""
 
 
 class Stepper:
@@ -63,6 +66,7 @@ class Stepper:
         training: Examples,
         compute: Compute,
         gang: Gang,
+        parallel: Parallel,
     ) -> None:
         self._options = options
         self._objective = objective
@@ -74,12 +78,15 @@ class Stepper:
         self._training = training
         self._compute = compute
         self._gang = gang
+        self._parallel = parallel
         warm_up = warm_up_batch(objective, training, plan, compute)
-        self._wrapped = parallelise(objective, model, warm_up, compute, gang)
+        self._wrapped = parallel.wrap(objective, model, warm_up)
         self._sums = GradientSums(self._trained, self._wrapped, plan)
         self._work = OwnWork(compute, gang)
 
-    def step(self, step: int, indices: Indices, signals: Sequence[float]) -> Update:
+    def step(
+        self, step: int, indices: Indices, signals: Sequence[float], loss_scale: LossScale
+    ) -> Update:
         """One update from one global batch. ``signals`` go with the step's all-reduce, so that all
         ranks hear of one another after the same step.
 
@@ -87,58 +94,71 @@ class Stepper:
         is the mean over the weights of the global batch (its examples, or its predicted tokens), also
         where that is a partial one.
 
+        ``loss_scale`` counts where the precision needs it, and moves with what the step comes to.
+
         Raises:
-            Diverged: loss or gradient is no longer finite (user_error), on every rank alike.
+            Diverged: loss or gradient is no longer finite (user_error), on every rank alike. Where the
+                loss is scaled, only once there is no smaller scale.
         """
         self._work.begin(step)
+        scale = loss_scale.factor if self._compute.scales_loss else None
         weight = max(1, int(self._training.weights[indices].sum()))
         masks = derive(self._options.seed, "masks", step)
         # Not in fp32: in which order losses are added up is to leave no trace.
         loss = torch.zeros((), dtype=torch.float64, device=self._compute.device)
         tokens = 0
         own = micro_batches(indices, self._plan, self._gang.rank)
-        # A rank with nothing to do of a partial batch computes some example for nothing: the others
-        # wait for it in this step's all-reduce.
-        parts = own or [MicroBatch(self._gang.rank, indices[:1])]
-        for part in parts:
-            last = part is parts[-1]
+        # The others wait for a rank with less to do of a partial batch: it computes some example for
+        # nothing.
+        spare = self._passes(indices) - len(own)
+        parts = own + [MicroBatch(self._gang.rank, indices[:1])] * spare
+        for number, part in enumerate(parts):
+            last, counts = number + 1 == len(parts), number < len(own)
             batch = self._objective.batch(self._training, part.indices, masks)
             batch = batch.to(self._compute.device)
             self._compute.seed(derive(self._options.seed, "dropout", step, part.shard))
             self._sums.before(part)
-            with nullcontext() if last else self._without_sync():
-                total = self._objective.loss(self._wrapped, batch, self._compute) * bool(own)
-                scaled = total * (self._gang.world_size / weight)
+            with nullcontext() if last else self._parallel.adding_up(self._wrapped):
+                total = self._objective.loss(self._wrapped, batch, self._compute) * counts
+                scaled = total * (self._gang.world_size / weight * (scale or 1.0))
                 if last:
                     self._work.ends_with(scaled)
                 scaled.backward()  # type: ignore[no-untyped-call]
             self._sums.after(part, last=last)
             loss += total.detach()
-            tokens += batch.tokens if own else 0
+            tokens += batch.tokens if counts else 0
+        if scale is not None:
+            unscale(self._trained, scale)
         if self._options.l1:
             # A rank's gradients are those of the gang by now, and so is what is added to them.
             add_l1(self._regularised, self._options.l1)
-        limit = self._options.max_grad_norm
-        # The gradients are all-reduced, so their norm, and what is decided by it, is every rank's.
-        norm = float(nn.utils.clip_grad_norm_(self._trained, math.inf if limit is None else limit))
+        # What is decided by the norm is decided on every rank alike.
+        norm = self._parallel.clip(self._trained, self._options.max_grad_norm)
         loss_sum, token_sum, *heard = self._gang.sum(
             [float(loss), tokens, *signals, *self._work.by_rank()]
         )
+        said, own_seconds = heard[: len(signals)], heard[len(signals) :]
         mean = loss_sum / weight
-        if not math.isfinite(mean) or not math.isfinite(norm):
-            raise Diverged(
-                f"training diverged at step {step + 1}: loss {mean}, gradient norm {norm}"
-            )
         rate = self._schedule.rate(step)
+        if not math.isfinite(mean) or not math.isfinite(norm):
+            if scale is None or not loss_scale.back_off():
+                raise Diverged(
+                    f"training diverged at step {step + 1}: loss {mean}, gradient norm {norm}",
+                    scaled=scale is not None,
+                )
+            self._optimizer.zero_grad(set_to_none=True)
+            self._work.end()
+            return Update(mean, norm, token_sum, rate, said, own_seconds, scale, skipped=True)
+        loss_scale.went_well()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._work.end()
-        said, own_seconds = heard[: len(signals)], heard[len(signals) :]
-        return Update(mean, norm, token_sum, rate, said, own_seconds)
+        return Update(mean, norm, token_sum, rate, said, own_seconds, scale)
 
-    def _without_sync(self) -> AbstractContextManager[None]:
-        if isinstance(self._wrapped, DistributedDataParallel):
-            return self._wrapped.no_sync()
-        return nullcontext()
+    def _passes(self, indices: Indices) -> int:
+        """How often a rank calls the model for a global batch. That is for each rank to choose, once at
+        least, but of a model in shards, where all call it together: rank 0 has the most to do."""
+        own = self._gang.rank if not self._gang.sharded else 0
+        return max(1, len(micro_batches(indices, self._plan, own)))

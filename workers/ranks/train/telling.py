@@ -60,17 +60,23 @@ class Telling:
                 step=done,
                 total_steps=plan.total_steps,
                 epoch=epoch + (place + 1) / plan.steps_per_epoch,
-                loss=update.loss,
+                loss=None if update.skipped else update.loss,
                 learning_rate=update.rate,
                 examples_per_second=self._spoken.examples_per_second,
                 tokens_per_second=self._spoken.tokens_per_second,
-                grad_norm=update.norm,
+                grad_norm=None if update.skipped else update.norm,
                 memory_bytes=memory,
                 eta_seconds=round(self._pace.left(done), 1),
             ),
             always=over,
         )
-        if over or done % max(1, plan.total_steps // _TRAIN_METRICS) == 0:
+        if update.skipped:
+            reporter.say(
+                f"step {done} moved no weight: gradients overflowed fp16 at a loss scale of "
+                f"{update.scale:g}, which is halved"
+            )
+        due = over or done % max(1, plan.total_steps // _TRAIN_METRICS) == 0
+        if due and self._kept.steps:
             values = {
                 "loss": self._kept.loss,
                 "grad_norm": self._kept.norm,
@@ -78,13 +84,14 @@ class Telling:
                 "examples_per_second": self._kept.examples_per_second,
                 "tokens_per_second": self._kept.tokens_per_second,
                 "memory_bytes": memory,
+                **({} if update.scale is None else {"loss_scale": update.scale}),
             }
             reporter.metric(Metric(split="train", step=done, values=values))
             self._kept = _Means()
         if over or place + 1 == plan.steps_per_epoch:
             reporter.say(
                 f"epoch {epoch + 1} of {plan.epochs}: step {done} of {plan.total_steps}, "
-                f"loss {self._spoken.loss:.4f}, learning rate {update.rate:.2e}, "
+                f"{self._spoken.shown_loss}, learning rate {update.rate:.2e}, "
                 f"{self._spoken.examples_per_second:.1f} examples/s"
             )
             self._spoken = _Means()
@@ -102,29 +109,35 @@ class Telling:
 
 
 class _Means:
-    """Means over the steps since something was last said or kept."""
+    """Means over the steps since something was last said or kept; losses of those that moved a weight."""
 
     def __init__(self) -> None:
-        self._steps = 0
+        self.steps = 0
+        """That moved a weight."""
         self._loss = self._norm = self._seconds = 0.0
         self._examples = 0
         self._tokens = 0.0
 
     def add(self, update: Update, examples: int, seconds: float) -> None:
-        self._steps += 1
-        self._loss += update.loss
-        self._norm += update.norm
+        if not update.skipped:
+            self.steps += 1
+            self._loss += update.loss
+            self._norm += update.norm
         self._examples += examples
         self._tokens += update.tokens
         self._seconds += seconds
 
     @property
     def loss(self) -> float:
-        return self._loss / self._steps
+        return self._loss / self.steps
+
+    @property
+    def shown_loss(self) -> str:
+        return f"loss {self.loss:.4f}" if self.steps else "no step moved a weight"
 
     @property
     def norm(self) -> float:
-        return self._norm / self._steps
+        return self._norm / self.steps
 
     @property
     def tokens_per_second(self) -> float:

@@ -68,6 +68,8 @@ class Health:
 
     def after_step(self, step: int, update: Update, *, whole: bool, seconds: float) -> None:
         """``step`` steps are done with this one, which took ``seconds``; ``whole``: its batch was."""
+        if update.skipped:
+            return
         self._last = (step, update)
         if self._norms.add(step, update.norm) and self._gang.rank == 0:
             self._reporter.notice(
@@ -98,7 +100,7 @@ class Health:
         if self._norms.since is not None:
             said.append(f"the gradient norm had been running away since step {self._norms.since}")
         said.append(self._last_checkpoints())
-        return Diverged("; ".join(said))
+        return Diverged("; ".join(said), scaled=end.scaled)
 
     def _last_checkpoints(self) -> str:
         if not self._checkpoints:

@@ -44,6 +44,7 @@ NOT_READ: dict[str, Any] = {
             "distillation",
             "preference",  # the task that reads pairs is a class of its own
             "architecture",
+            "parallelism",
             "checkpoint",
             "early_stopping",
             "publish",
@@ -72,6 +73,7 @@ NOT_READ: dict[str, Any] = {
         "freeze",
         "max_length",  # the task's own limit counts, which it is part of
         "precision",
+        "gradient_checkpointing",
         "seed",
         "eval_every_steps",
         "contrastive_temperature",
@@ -213,13 +215,13 @@ class Task(ABC):
         """Judge the model, all ranks together; each gets the whole result. Leaves it training."""
         seed = derive(self.spec.hyperparameters.seed, "evaluation")
         by_length = np.argsort(-examples.lengths, kind="stable")
-        starts = list(range(0, len(examples), batch_size))
+        starts = range(0, len(examples), batch_size)
         sums = np.zeros(self.sums, np.float64)
         model.eval()
         with torch.inference_mode(), compute.autocast():
-            for start in starts[gang.rank :: gang.world_size]:
+            for start, counts in gang.deal(starts):
                 batch = self.batch(examples, by_length[start : start + batch_size], seed)
-                sums += self.measure(model, batch.to(compute.device))
+                sums += self.measure(model, batch.to(compute.device)) * counts
         model.train()
         return self.conclude(np.array(gang.sum(sums.tolist())))
 

@@ -115,13 +115,14 @@ class Embeddings(Task):
         vectors = np.zeros((2, len(pool), self._width), np.float64)
         model.eval()
         with torch.inference_mode():
-            for start in starts[gang.rank :: gang.world_size]:
+            for start, counts in gang.deal(starts):
                 places = by_length[start : start + batch_size]
                 batch = self.batch(examples, pool[places], seed).to(compute.device)
                 with compute.autocast():
                     hidden = _hidden(model, batch)
                 pooled = mean_vectors(hidden, batch.inputs["attention_mask"])
-                vectors[:, places] = pooled.double().cpu().numpy().reshape(2, len(places), -1)
+                if counts:
+                    vectors[:, places] = pooled.double().cpu().numpy().reshape(2, len(places), -1)
         model.train()
         first, second = np.array(gang.sum(vectors.ravel().tolist())).reshape(vectors.shape)
         similarity = first @ second.T

@@ -113,11 +113,13 @@ class Text2Text(TokenPrediction):
             model, examples, batch_size=batch_size, compute=compute, gang=gang
         )
         chosen = choose(len(examples), GENERATED, self.spec.hyperparameters.seed)
-        share = chosen[gang.rank :: gang.world_size]
+        dealt = gang.deal(chosen.tolist())
+        share = np.array([index for index, _ in dealt], np.int64)
         model.eval()
         with torch.inference_mode(), compute.autocast():
-            pairs = self._write(examples, share, batch_size, compute)
+            pairs = self._write(examples, share, batch_size, compute, gang)
         model.train()
+        pairs = [pair for pair, (_, counts) in zip(pairs, dealt, strict=True) if counts]
         sums = np.zeros(4, np.float64)
         for reference, text in pairs:
             found = rouge(reference, text)
@@ -128,12 +130,12 @@ class Text2Text(TokenPrediction):
         values["generated_examples"] = len(chosen)
         samples = [
             {"source": self._text(examples[int(index)]["tokens"]), "reference": r, "generated": g}
-            for index, (r, g) in list(zip(share, pairs, strict=True))[:_SAMPLES]
+            for index, (r, g) in list(zip(share, pairs, strict=False))[:_SAMPLES]
         ]
         return Evaluation(values, {**forced.details, "samples": samples if gang.rank == 0 else []})
 
     def _write(
-        self, examples: Examples, share: Indices, batch_size: int, compute: Compute
+        self, examples: Examples, share: Indices, batch_size: int, compute: Compute, gang: Gang
     ) -> list[tuple[str, str]]:
         """(reference, generated) of each example of ``share``, in its order."""
         # Not what the trainer calls, which is DDP's: this one passes gradients to nobody.
@@ -149,6 +151,7 @@ class Text2Text(TokenPrediction):
             written = model.generate(
                 **{name: tensor.to(compute.device) for name, tensor in inputs.items()},
                 generation_config=greedy(limit),
+                synced_gpus=gang.sharded,
             )
             for index, tokens in zip(indices.tolist(), written.cpu().numpy(), strict=True):
                 pairs[index] = (self._text(targets[index]), self._text(tokens))
