@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpuyard.cli.specs import build_spec, likely, read_spec
+from gpuyard.cli.render import needs
+from gpuyard.cli.specs import build_spec, likely, parse_devices, read_spec
 from gpuyard.sse import Message, parse
 from shared.errors import InvalidSpec
 
@@ -106,3 +107,15 @@ def test_sse_messages() -> None:
 def test_sse_data_arrives_as_it_was(texts: list[str]) -> None:
     lines = [line for text in texts for line in (f"data: {text}", "")]
     assert [message.data for message in parse(lines)] == texts
+
+
+def test_devices_are_a_number_or_a_range() -> None:
+    assert [parse_devices(text) for text in (None, "3", "2-8")] == [None, 3, {"min": 2, "max": 8}]
+    for text in ("", "2-", "-2", "2-4-8", "all", "2.5"):
+        with pytest.raises(InvalidSpec, match="is no number of devices"):
+            parse_devices(text)
+    by_setting = build_spec({}, {}, ["resources.devices={min: 2, max: 8}"])
+    assert by_setting["resources"]["devices"] == {"min": 2, "max": 8}
+    assert needs({"devices": 1}) == "1 device"
+    assert needs({"devices": 2, "world_sizes": []}) == "2 devices"
+    assert needs({"devices": 2, "world_sizes": [2, 4, 8]}) == "2 to 8 devices"
