@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from shared.messages import UNFINISHED, CheckpointRef, FileDigest
 
@@ -135,6 +136,22 @@ def part_files(checkpoint: CheckpointRef) -> list[str]:
             f"its manifest does not list every part, but {', '.join(found) or 'none'}"
         )
     return found
+
+
+def read_tensors(checkpoint: CheckpointRef) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that was verified, of all its parts. Those of a model in shards are
+    left in pieces: a rank reads them by ``workers/ranks/train/pieces.py``.
+
+    Raises:
+        CheckpointDamaged: a part is missing, or no part is what it should be.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        for name in part_files(checkpoint):
+            tensors |= load_file(Path(checkpoint.path) / name)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise CheckpointDamaged(f"it cannot be loaded: {error}") from error
+    return tensors
 
 
 def verify(checkpoint: CheckpointRef) -> None:
