@@ -11,8 +11,8 @@ PYTEST_ARGS ?=
 
 help:
 	@echo "make demo       the main job end to end on real input (sets itself up)"
-	@echo "make test       all tests (sets itself up); test-fast leaves out slow and chaos tests"
-	@echo "make acceptance every task on real text, as a table; part of make test"
+	@echo "make test       all tests but those of acceptance (sets itself up); test-fast leaves out slow and chaos tests"
+	@echo "make acceptance every task on real text, as a table (minutes; needs npm and pip)"
 	@echo "make up         the local stack for daily use; Ctrl-C ends it"
 	@echo "make lint       lint, format check and strict types"
 	@echo "make bench      benchmarks; prints the table of docs/performance.md"
@@ -35,10 +35,10 @@ up: $(STAMP)
 	@$(BIN)/gpuyard up
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not real" $(PYTEST_ARGS)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not chaos" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not chaos and not real" $(PYTEST_ARGS)
 
 acceptance: $(STAMP)
 	$(BIN)/python -m pytest -m real tests/real $(PYTEST_ARGS)
