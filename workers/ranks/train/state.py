@@ -190,13 +190,18 @@ def resume(
                 )
                 continue
             if (before := state["world_size"]) != gang.world_size:
-                same = assignment.spec.elastic and same_bits(before, gang.world_size)
+                in_one_tree = assignment.spec.elastic and not gang.sharded
+                same = in_one_tree and same_bits(before, gang.world_size)
                 reporter.notice(
                     "world_size_changed",
                     f"the checkpoint of step {checkpoint.step} was made by {before} rank(s) and is "
                     f"continued by {gang.world_size}: the global batch stays what it is, and the "
                     "result is "
-                    + ("the same" if same else "the same but for rounding, in the last bits"),
+                    + (
+                        "the same"
+                        if same and assignment.micro_batch is None
+                        else "the same but for rounding, in the last bits"
+                    ),
                 )
             chosen = {"index": index, "position": state["position"]}
             break
