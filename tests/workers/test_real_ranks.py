@@ -75,7 +75,7 @@ def test_a_drained_training_goes_on_where_it_was(material: tuple[Fleet, Path]) -
         "checkpoint": {"every_seconds": None},
     }
     undisturbed = train(fleet, bert, **long)
-    fleet.wait(undisturbed, "succeeded", within=120)
+    fleet.wait(undisturbed, "succeeded", within=300)
     drained = train(fleet, bert, **long)
     eventually(lambda: (fleet.job(drained).progress or {}).get("step", 0) >= 20, within=60)
     assert fleet.stop_host() == 0
@@ -85,7 +85,7 @@ def test_a_drained_training_goes_on_where_it_was(material: tuple[Fleet, Path]) -
     (checkpoint,) = fleet.store.call(read.list_checkpoints, drained)
     assert 20 <= checkpoint.step < 150 * 16
     fleet.start_host("one", "--devices=cpu:2", real=True, devices=2)
-    job = fleet.wait(drained, "succeeded", within=120)
+    job = fleet.wait(drained, "succeeded", within=300)
     assert job.summary is not None
     assert job.summary["resumed_from"]["step"] == checkpoint.step
     assert len(fleet.attempts(drained)) == 2
