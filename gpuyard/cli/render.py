@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -43,6 +44,11 @@ STYLES = {
 }
 
 
+_GAP = 2
+_NARROWEST = 4
+"""Of a column that is cut."""
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """``from_width``: terminals narrower than that do without it. ``whole``: never cut."""
@@ -56,28 +62,42 @@ class Column:
 def table(console: Console, columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> Table:
     """A table that fits: columns leave before what identifies a row is cut."""
     shown = [i for i, column in enumerate(columns) if console.width >= column.from_width]
-    result = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for i in shown:
+    result = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style="bold")
+    cells = [[r[i] if isinstance(r[i], Text) else _one_line(r[i]) for i in shown] for r in rows]
+    wanted = [
+        max([cell_len(columns[i].title), *(cell_len(str(row[place])) for row in cells)])
+        for place, i in enumerate(shown)
+    ]
+    room = console.width - _GAP * (len(shown) - 1)
+    widths = fit(wanted, [columns[i].whole for i in shown], room)
+    for i, width in zip(shown, widths, strict=True):
         column = columns[i]
         result.add_column(
             column.title,
-            no_wrap=True,
-            overflow="ellipsis",
-            min_width=None,
+            width=width,
+            no_wrap=not column.whole,
+            overflow="fold" if column.whole else "ellipsis",
             justify="right" if column.right else "left",
         )
-        if column.whole:
-            result.columns[-1].overflow = "fold"
-            result.columns[-1].no_wrap = False
-    for row in rows:
-        cells = [row[i] if isinstance(row[i], Text) else _one_line(row[i]) for i in shown]
-        # A column that must stay whole gets the width of its widest cell.
-        for place, i in enumerate(shown):
-            if columns[i].whole:
-                column_ = result.columns[place]
-                column_.min_width = max(column_.min_width or 0, len(str(cells[place])))
-        result.add_row(*cells)
+    for row in cells:
+        result.add_row(*row)
     return result
+
+
+def fit(wanted: Sequence[int], whole: Sequence[bool], room: int) -> list[int]:
+    """Widths of columns within ``room``: the widest of those that may be cut gives way first. Rich by
+    itself takes from all alike, and leaves nothing of a narrow column beside a very wide one."""
+    widths = list(wanted)
+    while (excess := sum(widths) - room) > 0:
+        cut = [i for i, keep in enumerate(whole) if not keep and widths[i] > _NARROWEST]
+        if not cut:
+            break  # Rich makes it fit
+        widest = max(cut, key=lambda i: widths[i])
+        rest = [widths[i] for i in cut if i != widest]
+        widths[widest] = max(
+            widths[widest] - excess, min(max(rest, default=0), widths[widest] - 1), _NARROWEST
+        )
+    return widths
 
 
 def _one_line(value: Any) -> str:

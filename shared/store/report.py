@@ -50,11 +50,20 @@ def record_metric(
     session: Session, holder: Holder, split: str, step: int, values: dict[str, float]
 ) -> bool:
     """Values at a step. A resumed attempt repeats steps and replaces what was said of them. Values
-    that are no finite numbers (a loss that diverged) are left out: JSON has none."""
+    that are no finite numbers (a loss that diverged) are left out: JSON has none. An evaluation is
+    an event as well."""
     rows = held(session, holder)
     if rows is None:
         return False
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    known = session.get(Metric, (holder.job_id, split, step), populate_existing=True)
+    # Else it is the repeat of a call whose answer was lost.
+    if split == "validation" and (known is None or known.attempt != rows.attempt.number):
+        said = ", ".join(f"{name.replace('_', ' ')} {v:.4g}" for name, v in finite.items())
+        tell(
+            session, rows.job, "evaluation", f"validation at step {step}: {said}",
+            attempt=rows.attempt.number, step=step, values=finite,
+        )  # fmt: skip
     new = {"attempt": rows.attempt.number, "values": finite, "at": db_now()}
     session.execute(
         pg_insert(Metric)

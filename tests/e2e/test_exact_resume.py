@@ -24,7 +24,7 @@ def weights(stack: StackProcess, job_id: str) -> str:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_training_ends_bitwise_equal(
-    stack: StackProcess, labelled: dict[str, Path], rank: int
+    stack: StackProcess, labelled: dict[str, Path], rank: int, tmp_path: Path
 ) -> None:
     client = stack.client
     spec = training(labelled, epochs=6, hyperparameters={
@@ -44,3 +44,11 @@ def test_killed_training_ends_bitwise_equal(
     assert ended.summary["resumed_from"] is not None
     assert weights(stack, killed.id) == weights(stack, whole.id)
     assert client.job(whole.id).attempts[0].world_size == 2
+
+    (report,) = client.download(killed.id, "report.html", tmp_path)
+    page = report.read_text()
+    assert "It went on from the checkpoint of step" in page and "SIGKILL" in page
+    told = [
+        e.data["step"] for e in client.events(killed.id, follow=False) if e.type == "evaluation"
+    ]
+    assert set(told) == {m.step for m in client.metrics(killed.id, "validation")}

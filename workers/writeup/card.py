@@ -39,7 +39,7 @@ def render(facts: Facts) -> str:
     parts = [
         f"---\n{front}---\n\n# {_plain(facts.title)}\n",
         f"{_plain(facts.base)}, trained for {facts.task} by {facts.spec.get('method')} training, "
-        f"{facts.steps:,} steps ({facts.epoch(facts.steps):.4g} epochs) in {duration(facts.seconds)}. "
+        f"{facts.steps:,} steps ({facts.extent}) in {duration(facts.seconds)}. "
         f"Job `{facts.job_id}`, {facts.finished_at:%Y-%m-%d}.\n",
         f"```python\nfrom transformers import {_AUTO[facts.task]}, AutoTokenizer\n\n"
         f'model = {_AUTO[facts.task]}.from_pretrained("path/of/this/folder")\n'

@@ -111,6 +111,12 @@ class Facts:
         return step / self.steps_per_epoch
 
     @property
+    def extent(self) -> str:
+        """How far it went, in epochs, in words."""
+        epochs = self.epoch(self.steps)
+        return f"{epochs:.4g} epoch" + ("" if epochs == 1 else "s")
+
+    @property
     def best_step(self) -> int | None:
         """Of the evaluation with the best value of ``judged_by``, the first of several."""
         known = [e for e in self.evaluations if e.get(self.judged_by) is not None]

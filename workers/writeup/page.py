@@ -75,7 +75,6 @@ def metric_names(facts: Facts) -> list[str]:
 def _tiles(facts: Facts) -> list[Tile]:
     seconds = sum(point.seconds for point in facts.points[-1:])
     examples = _mean_rate(facts.points)
-    epochs = f"{facts.epoch(facts.steps):.4g} epoch" + "s" * (facts.steps != facts.steps_per_epoch)
     devices = max((part.ranks for part in facts.parts), default=1)
     tiles = [
         Tile(name.replace("_", " "), shown(facts.values[name]), "on the validation data")
@@ -84,7 +83,9 @@ def _tiles(facts: Facts) -> list[Tile]:
     ]
     tiles += [
         Tile(
-            "steps", f"{facts.steps:,}", epochs + (", stopped early" if facts.stopped_early else "")
+            "steps",
+            f"{facts.steps:,}",
+            facts.extent + (", stopped early" if facts.stopped_early else ""),
         ),
         Tile("training time", duration(facts.seconds), f"{duration(seconds)} of it in steps"),
         Tile("examples/s", shown(examples), f"{devices} device" + ("s" if devices > 1 else "")),
