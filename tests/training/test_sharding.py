@@ -74,6 +74,7 @@ def test_it_is_the_training_of_ddp_and_delivers_a_plain_model(material: Material
     sharded = material.gang("sharded").run()
     whole = material.gang("whole", parallelism="ddp").run()
     assert "the model in shards (FSDP)" in sharded.log.read_text()
+    assert "report_failed" not in [notice.code for notice in sharded.of(Notice)]
     assert losses(sharded) == pytest.approx(losses(whole), rel=2e-3)
     assert losses(sharded, "validation") == pytest.approx(losses(whole, "validation"), rel=2e-3)
 

@@ -112,6 +112,9 @@ class Ending:
     def _samples(self) -> list[dict[str, Any]]:
         if self.validation is None:
             return []
+        if self.assignment.parallelism == "fsdp" and self.assignment.world_size > 1:
+            # The model is whole in host memory alone by now: no device need have room for it.
+            return []
         self.task.loaded.model.eval()  # type: ignore[no-untyped-call]
         with torch.inference_mode(), self.compute.autocast():
             found = self.task.samples(self.validation, self.compute)
