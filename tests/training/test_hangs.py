@@ -30,11 +30,14 @@ def device(assignment: Any, rank: int) -> Any:
     return assignment.device.model_copy(update={"id": f"cpu{rank}@test"})
 
 
-@pytest.mark.parametrize(("ranks", "stopped"), [(2, 1), (2, 0), (3, 1), (3, 0)])
+@pytest.mark.parametrize(
+    ("ranks", "stopped", "parallelism"),
+    [(2, 1, "ddp"), (2, 0, "ddp"), (3, 1, "ddp"), (3, 0, "ddp"), (2, 1, "fsdp"), (2, 0, "fsdp")],
+)
 def test_a_stopped_rank_is_named_by_the_others(
-    tmp_path: Path, bert: Path, train_file: Path, ranks: int, stopped: int
+    tmp_path: Path, bert: Path, train_file: Path, ranks: int, stopped: int, parallelism: str
 ) -> None:
-    found = gang(tmp_path, bert, train_file, ranks)
+    found = gang(tmp_path, bert, train_file, ranks, parallelism=parallelism)
     struck: list[int] = []
 
     def act(_rank: int, report: Report) -> None:
@@ -101,6 +104,14 @@ def test_a_gang_that_is_stopped_as_a_whole_goes_on(
     assert found.done
 
 
+def test_one_that_computes_suspects_only_those_that_are_silent() -> None:
+    """With a model in shards it may be waiting for them, and does not know."""
+    late = Seen(1, "d", silent=2, seconds=100)
+    assert find_hung(100, True, [late], limits(60, 0.2)) is not None
+    assert find_hung(100, False, [late], limits(60, 0.2)) is None
+    assert find_hung(100, False, [Seen(1, "d", silent=61)], limits(60, 0.2)) is not None
+
+
 # --- who hangs -----------------------------------------------------------------------------------
 
 
@@ -126,7 +137,7 @@ def test_patience_grows_with_the_steps_and_is_more_where_more_is_usual() -> None
 )
 def test_who_does_not_arrive(other: Seen, waited: float, hangs: bool) -> None:
     arrived = Seen(2, "e", silent=1, waiting=True, seconds=waited)
-    found = find_hung(waited, [arrived, other], limits(60, 0.2))
+    found = find_hung(waited, True, [arrived, other], limits(60, 0.2))
     assert (found is not None) == hangs
     if found is not None:
         assert (found.rank, found.device) == (1, "d")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections import deque
@@ -71,7 +72,9 @@ class Health:
         if update.skipped:
             return
         self._last = (step, update)
-        if self._norms.add(step, update.norm) and self._gang.rank == 0:
+        # One that is not finite is that of a step that was left out, for a smaller scale of the loss.
+        runs_away = math.isfinite(update.norm) and self._norms.add(step, update.norm)
+        if runs_away and self._gang.rank == 0:
             self._reporter.notice(
                 "gradient_norm_diverging",
                 f"the gradient norm runs away since step {self._norms.since}: {update.norm:.3g} at step "

@@ -55,23 +55,25 @@ class Hung:
     why: str
 
 
-def find_hung(waited: float, others: Sequence[Seen], limit: Limits) -> Hung | None:
-    """The first rank for which the one that has ``waited`` so many seconds need wait no longer.
+def find_hung(here: float, waiting: bool, others: Sequence[Seen], limit: Limits) -> Hung | None:
+    """The first rank for which another one need wait no longer, that has been ``here``, at one place, for
+    so many seconds; ``waiting``: as far as it knows, for the others. With a model in shards it waits for
+    them in the middle of its own work as well, and does not know.
 
     A rank that is alive and waits as well is no cause. Where all wait, the connection between them is,
     and its own time limit ends it.
     """
     for other in others:
-        if min(waited, other.silent) > limit.silent:
+        if min(here, other.silent) > limit.silent:
             return Hung(
                 other.rank,
                 other.device,
                 f"gave no sign of life for {other.silent:.0f} s: its process is stopped, or its host "
                 "is gone",
             )
-    for other in others:
+    for other in others if waiting else ():
         patience = limit.step if other.in_step else limit.between
-        if not other.waiting and min(waited, other.seconds) > patience:
+        if not other.waiting and min(here, other.seconds) > patience:
             where = "in its part of a step" if other.in_step else "between two steps"
             return Hung(
                 other.rank,

@@ -88,8 +88,8 @@ class Watch:
     def _exchange(self, store: Store, beat: int) -> None:
         now, state = time.monotonic(), self._pulse.state
         store.set(_key(self._rank), json.dumps(self._sign(beat, state, now)))
-        # Others are looked at by those who wait for them, so that no store has to serve the square.
-        if state.waiting and now - state.since > 2 * self._pause:
+        # Others are looked at by those who do not get on, so that no store has to serve the square.
+        if now - state.since > 2 * self._pause:
             there = [other for other in self._others if store.check([_key(other)])]
             texts = store.multi_get([_key(other) for other in there]) if there else []
             self._read_at = time.monotonic()
@@ -130,13 +130,13 @@ class Watch:
         here = now - max(state.since, self._awake_since)
         if not self._others:
             return self._alone(here, state, limit)
-        if not _waits(state) or here <= limit.silent:
+        if here <= limit.silent:
             return None
         unanswered = now - max(self._read_at, state.since, self._awake_since)
         if self._rank != 0 and unanswered > limit.silent:
             why = f"has not answered for {unanswered:.0f} s: its process is stopped, or its host is gone"
             return Hung(0, self._leader_device, why)
-        return find_hung(here, self._seen(now, state), limit)
+        return find_hung(here, _waits(state), self._seen(now, state), limit)
 
     def _alone(self, here: float, state: State, limit: Limits) -> Hung | None:
         if state.in_step and here > limit.alone:
