@@ -87,6 +87,10 @@ def test_it_is_the_training_of_ddp_and_delivers_a_plain_model(material: Material
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert torch.allclose(ours[name], tensor, atol=5e-3), name
+    assert not [n for n in sharded.of(Notice) if n.code == "report_failed"]
+    pages = [(gang.model.parent / "report.html").read_text() for gang in (sharded, whole)]
+    for said in ("<dl>", " parameters", "Evaluations"):
+        assert (said in pages[0]) == (said in pages[1]), said
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,8 +21,10 @@ from workers.ranks.train.deliver import (
 )
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Examples
+from workers.ranks.train.gang import Gang
 from workers.ranks.train.gather import gather
 from workers.ranks.train.order import BatchPlan
+from workers.ranks.train.parallel import Parallel
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.state import Position
 from workers.ranks.train.tasks import Task
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from workers.ranks.train.lora import Adapter
 
 T = TypeVar("T")
+Samples = Sequence[Mapping[str, Any]]
 _WRITTEN = {
     "metrics.csv": write_table,
     "report.html": write_page,
@@ -53,6 +56,7 @@ class Ending:
     training: Examples
     validation: Examples | None
     compute: Compute
+    samples: Samples
 
     def deliver(self, adapter: Adapter | None, reporter: Reporter) -> None:
         """Write and report the artifacts.
@@ -105,21 +109,34 @@ class Ending:
             self.summary,
             self.training,
             self.validation,
-            self._samples(),
+            self.samples,
             self.compute,
         )
 
-    def _samples(self) -> list[dict[str, Any]]:
-        if self.validation is None:
-            return []
-        if self.assignment.parallelism == "fsdp" and self.assignment.world_size > 1:
-            # The model is whole in host memory alone by now: no device need have room for it.
-            return []
-        self.task.loaded.model.eval()  # type: ignore[no-untyped-call]
-        with torch.inference_mode(), self.compute.autocast():
-            found = self.task.samples(self.validation, self.compute)
-        self.task.loaded.model.train()
-        return found
+
+def take_samples(
+    task: Task,
+    validation: Examples | None,
+    compute: Compute,
+    gang: Gang,
+    parallel: Parallel,
+    reporter: Reporter,
+) -> Samples:
+    """What the finished model makes of some validation examples; of use on rank 0 alone.
+
+    All ranks call it, before a model in shards is gathered: each computes the same, as such a model is
+    called by all of them or by none.
+    """
+    if validation is None or (gang.rank != 0 and not gang.sharded):
+        return []
+    model = task.loaded.model
+
+    def look() -> Samples:
+        model.eval()  # type: ignore[no-untyped-call]
+        with torch.inference_mode(), compute.autocast(), parallel.evaluating(model):
+            return task.samples(validation, compute)
+
+    return _try(look, "the samples of the report", reporter) or []
 
 
 def _try(write: Callable[[], T], what: str, reporter: Reporter) -> T | None:

@@ -17,7 +17,7 @@ from workers.ranks.loading import LoadError
 from workers.ranks.train.datasets import forget_datasets, write_out_datasets
 from workers.ranks.train.device import Compute, open_device
 from workers.ranks.train.distillation import distil
-from workers.ranks.train.ending import Ending
+from workers.ranks.train.ending import Ending, take_samples
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
 from workers.ranks.train.freezing import freeze
@@ -117,13 +117,13 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     frozen = freeze(model, options.freeze)
     if options.gradient_checkpointing:
         recompute_layers(model)
-    samples, name = sample_weights(model), f"{model_path.name}: {type(model).__name__}"
+    sampled, name = sample_weights(model), f"{model_path.name}: {type(model).__name__}"
     parallel.divide(model)
     objective = _objective(assignment, task, rows, compute, reporter)
     warm_up = warm_up_batch(objective, training, plan, compute)
     unused = set_aside_unused(objective, model, warm_up, compute)
     optimizer = make_optimizer(model, options)
-    own = fingerprint(spec, training.digest(), model, samples)
+    own = fingerprint(spec, training.digest(), model, sampled)
     require_agreement(gang, own)
     _say_what(reporter, name, assignment, task, compute, frozen, unused)
     _say_how_much(reporter, training, validation, task, plan)
@@ -178,6 +178,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     with health.watching():
         evaluation = trainer.run(position)
     seconds = time.monotonic() - train_began
+    samples = take_samples(task, validation, compute, gang, parallel, reporter)
     parallel.gather(model)
     gang.leave()
 
@@ -190,7 +191,16 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
             "best": _best(position, task),
         }
         ending = Ending(
-            assignment, task, plan, position, evaluation, summary, training, validation, compute
+            assignment,
+            task,
+            plan,
+            position,
+            evaluation,
+            summary,
+            training,
+            validation,
+            compute,
+            samples,
         )
         ending.deliver(adapter, reporter)
         reporter.say(f"done: {position.step} steps in {summary['seconds']:.1f} s; model written")

@@ -240,8 +240,8 @@ class Task(ABC):
 
     def samples(self, examples: Examples, compute: Compute) -> list[dict[str, Any]]:  # noqa: ARG002
         """A few validation examples with what the finished model makes of them, for people: texts by
-        name, or words with tags (``samples.py``). Rank 0 alone calls it, in inference mode, with the
-        model in ``eval`` mode; most tasks have none."""
+        name, or words with tags (``samples.py``). Called on rank 0 alone, or, of a model in shards, on
+        all ranks alike; in inference mode, with the model in ``eval`` mode. Most tasks have none."""
         return []
 
     @property
