@@ -59,6 +59,7 @@ def run_trial(
     """
     parts = {"train": data.train, "validation": data.validation}
     files = {name: str(write_jsonl(folder / f"{name}.jsonl", rows)) for name, rows in parts.items()}
+    # Trainings of a minute need no checkpoints.
     base = {"kind": "train", "data": files, "checkpoint": {"every_seconds": None}, **spec}
     options = dict(spec["hyperparameters"])
     job = client.submit({**base, "resources": {"devices": 2}, "publish": publish}, upload=True)
