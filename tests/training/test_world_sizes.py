@@ -99,9 +99,17 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return Subject("single-label", tmp_path_factory.mktemp("plain"))
 
 
+OF_THE_MACHINE = frozenset({"examples_per_second", "tokens_per_second", "memory_bytes"})
+
+
 def curve(*attempts: Gang) -> dict[tuple[str, int], dict[str, float]]:
-    """What was measured after each step, by later attempts over what earlier ones had measured."""
-    return {(m.split, m.step): m.values for gang in attempts for m in gang.of(Metric)}
+    """What was measured after each step, by later attempts over what earlier ones had measured; but how
+    fast they were and what memory they took."""
+    return {
+        (m.split, m.step): {n: v for n, v in m.values.items() if n not in OF_THE_MACHINE}
+        for gang in attempts
+        for m in gang.of(Metric)
+    }
 
 
 def came_to(gang: Gang) -> tuple[Any, ...]:
