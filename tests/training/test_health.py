@@ -72,16 +72,16 @@ def test_a_training_that_learns_is_left_alone(tmp_path: Path, bert: Path, scores
 def test_a_rank_that_is_slow_is_named_with_what_it_costs(
     tmp_path: Path, bert: Path, scores: Path
 ) -> None:
-    """Rank 1 is stopped most of the time, for moments: it computes at a third of its speed."""
+    """Rank 1 is stopped most of the time, for moments shorter than a step, so that each step is hit."""
     gang = regression(tmp_path, bert, scores, learning_rate=0.001, epochs=5000)
     over = threading.Event()
 
     def slow_down(pid: int) -> None:
         while not over.is_set():
             os.kill(pid, signal.SIGSTOP)
-            over.wait(0.02)
+            over.wait(0.004)
             os.kill(pid, signal.SIGCONT)
-            over.wait(0.01)
+            over.wait(0.001)
 
     def act(_rank: int, report: Report) -> None:
         pid = gang.processes[1].pid

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scheduler.footprint import ModelShape, training_bytes
 from shared.errors import InvalidSpec
 from shared.examples import parse_example, read_examples
+from shared.footprint import configuration
 from shared.formats import DataFile
 from shared.messages import Metric
 from shared.records import BadRow
@@ -266,6 +267,7 @@ def test_the_footprint_counts_both_answers_and_no_second_model() -> None:
     def needs(batch: int, **fields: Any) -> int:
         parsed = parse_spec(BASE | {"hyperparameters": {"batch_size": batch}, **fields})
         assert isinstance(parsed, TrainSpec)
-        return training_bytes(shape, parsed, 600)
+        asked = configuration(parsed, None, None, labels=0, length=200, device="cpu")
+        return training_bytes(shape, asked)
 
     assert needs(8, preference={}) == needs(16)
