@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -96,13 +97,14 @@ class Display:
         """Events since the last time."""
 
 
-class _Telling(Display):
+class _Telling(Display, ABC):
     def __init__(self) -> None:
         self._last_event = 0
         self._rows: deque[tuple[float, int]] = deque()
 
+    @abstractmethod
     def line(self, text: Text) -> None:
-        raise NotImplementedError
+        """Show a line, below those before it."""
 
     def tell(self, session: Session, id: str) -> None:
         with suppress(Unavailable):  # then it is told the next time

@@ -26,6 +26,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -77,7 +78,7 @@ class FolderLock:
             self._fd = None
 
 
-class _Server:
+class _Server(ABC):
     """What both servers share: one owner, one child process, start and stop."""
 
     name: str
@@ -95,8 +96,9 @@ class _Server:
         return self._process.pid if self._process and self._process.poll() is None else None
 
     @property
+    @abstractmethod
     def url(self) -> str:
-        raise NotImplementedError
+        """Where the server answers."""
 
     def start(self, timeout: float = 60) -> str:
         """Start, wait until it answers, and return its URL. The URL outlives restarts.
@@ -122,11 +124,13 @@ class _Server:
                 hint="Stop that process first, or choose another data folder.",
             )
 
+    @abstractmethod
     def _start(self, deadline: float) -> None:
-        raise NotImplementedError
+        """Start the process, and return once it answers."""
 
+    @abstractmethod
     def _end(self) -> None:
-        raise NotImplementedError
+        """End the process in good order."""
 
     def stop(self) -> None:
         """End the server for sure and give the folder free. Harmless if it does not run."""
