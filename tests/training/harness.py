@@ -33,6 +33,7 @@ from shared.messages import (
     FromRank,
     JoinRendezvous,
     Listening,
+    Metric,
     Preempt,
     Report,
     Stop,
@@ -254,6 +255,19 @@ def _reference(report: CheckpointWritten) -> CheckpointRef:
     return CheckpointRef(
         id=f"ckpt_{report.step}", step=report.step, path=report.path, manifest=report.manifest
     )
+
+
+OF_THE_MACHINE = frozenset({"examples_per_second", "tokens_per_second", "memory_bytes"})
+
+
+def curve(*attempts: Gang) -> dict[tuple[str, int], dict[str, float]]:
+    """What was measured after each step, by later attempts over what earlier ones had measured; but how
+    fast they were and what memory they took."""
+    return {
+        (m.split, m.step): {n: v for n, v in m.values.items() if n not in OF_THE_MACHINE}
+        for gang in attempts
+        for m in gang.of(Metric)
+    }
 
 
 def make_assignment(

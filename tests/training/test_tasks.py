@@ -1,4 +1,5 @@
-"""Every task: it learns, the model loads without gpuyard, and a killed training ends bitwise the same."""
+"""Every task: it learns, the model loads without gpuyard, and a killed training ends bitwise the same, on
+two ranks and on four."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from shared.messages import CheckpointWritten, Done, Metric, Notice, Report
 from tests.training.cases import CASES, Case
-from tests.training.harness import Gang, make_assignment, write_rows
+from tests.training.harness import Gang, curve, make_assignment, write_rows
 
 OPTIONS: dict[str, Any] = {
     "epochs": 5,
@@ -39,12 +40,12 @@ class Material:
         self.validation = write_rows(folder / "validation.jsonl", case.rows(70, 2))
         self.trained = Gang(self.assignment("whole")).run()
 
-    def assignment(self, work: str, **options: Any) -> Any:
+    def assignment(self, work: str, *, ranks: int = 2, **options: Any) -> Any:
         return make_assignment(
             self.folder / work,
             self.model,
             self.train,
-            ranks=2,
+            ranks=ranks,
             task=self.case.task,
             problem=self.case.problem,
             validation=self.validation,
@@ -93,10 +94,25 @@ def test_it_is_written_up(material: Material) -> None:
 
 
 def test_killed_and_resumed_it_ends_bitwise_the_same(material: Material) -> None:
-    draw = random.Random(material.case.name)
-    every, after, rank = 7, 7 * draw.randint(1, 4), draw.randint(0, 1)
+    _killed_and_resumed(material, material.trained, ranks=2, every=7)
+
+
+def test_on_four_ranks_too(material: Material) -> None:
+    # One epoch has 16 steps, so that the last batch of it, of 10 examples, is among these.
+    options = {"max_steps": 20, "eval_every_steps": 6}
+    whole = Gang(material.assignment("whole-of-four", ranks=4, **options)).run()
+    _killed_and_resumed(material, whole, ranks=4, every=4, **options)
+
+
+def _killed_and_resumed(
+    material: Material, whole: Gang, *, ranks: int, every: int, **options: Any
+) -> None:
+    """SIGKILL strikes a random rank behind a random checkpoint; what goes on from there is ``whole``."""
+    draw = random.Random(f"{material.case.name} {ranks}")
+    after, rank = every * draw.randint(1, 3), draw.randrange(ranks)
     rules = {"every_steps": every, "every_seconds": None, "keep": 2}
-    first = Gang(material.assignment("killed", checkpoint=rules))
+    fields: dict[str, Any] = {"ranks": ranks, **options}
+    first = Gang(material.assignment(f"killed-{ranks}", checkpoint=rules, **fields))
     written: list[int] = []
 
     def strike(_rank: int, report: Report) -> None:
@@ -107,7 +123,9 @@ def test_killed_and_resumed_it_ends_bitwise_the_same(material: Material) -> None
 
     first.run(on_report=strike)
     assert first.exit_code(rank) == -9 and not first.of(Done), "the fault did not strike"
-    second = Gang(material.assignment("resumed", resume_from=first.checkpoints)).run()
+    again = {"resume_from": first.checkpoints, **fields}
+    second = Gang(material.assignment(f"resumed-{ranks}", **again)).run()
     assert second.done.summary["resumed_from"]["step"] == first.checkpoints[0].step >= after
-    assert second.weights == material.trained.weights
-    assert second.done.summary["metrics"] == material.trained.done.summary["metrics"]
+    assert second.weights == whole.weights
+    assert second.done.summary["metrics"] == whole.done.summary["metrics"]
+    assert curve(first, second) == curve(whole)

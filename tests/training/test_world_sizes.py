@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file
 
-from shared.messages import CheckpointWritten, Done, Metric, Notice, Report
+from shared.messages import CheckpointWritten, Done, Notice, Report
 from tests.training.cases import CASES
-from tests.training.harness import Gang, make_assignment, write_rows
+from tests.training.harness import Gang, curve, make_assignment, write_rows
 
 BATCHES: dict[str, Any] = {"batch_size": 16, "micro_batch_size": 2, "max_steps": 24, "epochs": 9}
 STEEP: dict[str, Any] = {"learning_rate": 5e-3, "warmup_steps": 3, "eval_every_steps": 5}
@@ -97,19 +97,6 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Subject:
     return Subject("single-label", tmp_path_factory.mktemp("plain"))
-
-
-OF_THE_MACHINE = frozenset({"examples_per_second", "tokens_per_second", "memory_bytes"})
-
-
-def curve(*attempts: Gang) -> dict[tuple[str, int], dict[str, float]]:
-    """What was measured after each step, by later attempts over what earlier ones had measured; but how
-    fast they were and what memory they took."""
-    return {
-        (m.split, m.step): {n: v for n, v in m.values.items() if n not in OF_THE_MACHINE}
-        for gang in attempts
-        for m in gang.of(Metric)
-    }
 
 
 def came_to(gang: Gang) -> tuple[Any, ...]:

@@ -23,13 +23,14 @@ from workers.ranks.checkpoint import CheckpointDamaged, read_state
 from workers.ranks.train.failures import TrainingFailed
 from workers.ranks.train.gang import Gang
 from workers.ranks.train.history import Row
+from workers.ranks.train.means import Means
 from workers.ranks.train.order import same_bits
 from workers.ranks.train.pieces import load, require_parts
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.scaling import LossScale
 from workers.ranks.train.stopping import Best
 
-_FORMAT = 3
+_FORMAT = 4
 BUFFER = "buffer."
 """How the names of buffers begin. Ranks do not agree on these: rank 0's are everyone's after a resume."""
 _SAMPLED = 256
@@ -53,18 +54,21 @@ class Position:
     """Those that led here, by number: from which step, on how many ranks, on which device of rank 0."""
     loss_scale: LossScale = field(default_factory=LossScale)
     """Moves with fp16 alone."""
+    kept: Means = field(default_factory=Means)
+    """Over the steps since the last kept metric, so that a resumed training keeps the same ones."""
 
     def as_json(self) -> dict[str, Any]:
         """A copy that stays as it is. Faster than ``asdict``: training waits for it."""
         copied = {name: list(map(copy.copy, getattr(self, name))) for name in _LISTS}
-        scale = asdict(self.loss_scale)
-        return {"step": self.step, "seconds": self.seconds, **copied, "loss_scale": scale}
+        moving = {"loss_scale": asdict(self.loss_scale), "kept": asdict(self.kept)}
+        return {"step": self.step, "seconds": self.seconds, **copied, **moving}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Position:
         """That of a checkpoint, as JSON has it."""
         values = dict(state["position"])
-        return cls(**{**values, "loss_scale": LossScale(**values.get("loss_scale", {}))})
+        scale, kept = LossScale(**values["loss_scale"]), Means(**values["kept"])
+        return cls(**{**values, "loss_scale": scale, "kept": kept})
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import time
 from shared.messages import Metric, Progress
 from workers.ranks.train import history
 from workers.ranks.train.device import Compute
+from workers.ranks.train.means import Means
 from workers.ranks.train.order import BatchPlan
 from workers.ranks.train.pace import Pace
 from workers.ranks.train.reports import Reporter
@@ -28,11 +29,11 @@ class Telling:
         self._reporter = reporter
         self._compute = compute
         self._pace = Pace(plan, evaluate_every)
-        self._kept, self._spoken = _Means(), _Means()
+        self._spoken = Means()
 
     def step(self, position: Position, update: Update, examples: int, seconds: float) -> None:
         """Of a step of ``examples`` that took ``seconds``; ``position`` is the place behind it, and keeps
-        the step in its history."""
+        the step in its history and its means."""
         plan, reporter, done = self._plan, self._reporter, position.step
         memory = self._compute.memory()
         self._pace.step(time.monotonic(), seconds)
@@ -51,7 +52,7 @@ class Telling:
                 at=time.time(),
             ),
         )
-        for means in (self._kept, self._spoken):
+        for means in (position.kept, self._spoken):
             means.add(update, examples, seconds)
         epoch, place = plan.place(done - 1)
         over = done == plan.total_steps
@@ -76,25 +77,25 @@ class Telling:
                 f"{update.scale:g}, which is halved"
             )
         due = over or done % max(1, plan.total_steps // _TRAIN_METRICS) == 0
-        if due and self._kept.steps:
+        if due and position.kept.steps:
             values = {
-                "loss": self._kept.loss,
-                "grad_norm": self._kept.norm,
+                "loss": position.kept.loss,
+                "grad_norm": position.kept.norm,
                 "learning_rate": update.rate,
-                "examples_per_second": self._kept.examples_per_second,
-                "tokens_per_second": self._kept.tokens_per_second,
+                "examples_per_second": position.kept.examples_per_second,
+                "tokens_per_second": position.kept.tokens_per_second,
                 "memory_bytes": memory,
                 **({} if update.scale is None else {"loss_scale": update.scale}),
             }
             reporter.metric(Metric(split="train", step=done, values=values))
-            self._kept = _Means()
+            position.kept = Means()
         if over or place + 1 == plan.steps_per_epoch:
             reporter.say(
                 f"epoch {epoch + 1} of {plan.epochs}: step {done} of {plan.total_steps}, "
                 f"{self._spoken.shown_loss}, learning rate {update.rate:.2e}, "
                 f"{self._spoken.examples_per_second:.1f} examples/s"
             )
-            self._spoken = _Means()
+            self._spoken = Means()
 
     def evaluation(
         self, step: int, values: dict[str, float], examples: int, seconds: float
@@ -106,46 +107,6 @@ class Telling:
         self._reporter.say(
             f"validation at step {step}: {shown} ({examples:,} examples in {seconds:.1f} s)"
         )
-
-
-class _Means:
-    """Means over the steps since something was last said or kept; losses of those that moved a weight."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        """That moved a weight."""
-        self._loss = self._norm = self._seconds = 0.0
-        self._examples = 0
-        self._tokens = 0.0
-
-    def add(self, update: Update, examples: int, seconds: float) -> None:
-        if not update.skipped:
-            self.steps += 1
-            self._loss += update.loss
-            self._norm += update.norm
-        self._examples += examples
-        self._tokens += update.tokens
-        self._seconds += seconds
-
-    @property
-    def loss(self) -> float:
-        return self._loss / self.steps
-
-    @property
-    def shown_loss(self) -> str:
-        return f"loss {self.loss:.4f}" if self.steps else "no step moved a weight"
-
-    @property
-    def norm(self) -> float:
-        return self._norm / self.steps
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self._tokens / max(1e-9, self._seconds)
-
-    @property
-    def examples_per_second(self) -> float:
-        return self._examples / max(1e-9, self._seconds)
 
 
 def _shown(value: float) -> str:
