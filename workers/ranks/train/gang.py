@@ -59,6 +59,19 @@ class Gang:
             dist.all_reduce(tensor)
             return [float(value) for value in tensor.tolist()]
 
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all ranks, in their order, on every rank. Their lengths may differ."""
+        if self.store is None:
+            return [tensor]
+        own = [len(tensor) * (rank == self.rank) for rank in range(self.world_size)]
+        lengths = [int(length) for length in self.sum(own)]
+        padded = tensor.new_zeros(max(lengths), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in lengths]
+        with self.pulse.waiting():
+            dist.all_gather(parts, padded)
+        return [part[:length] for part, length in zip(parts, lengths, strict=True)]
+
     def deal(self, items: Sequence[T]) -> list[tuple[T, bool]]:
         """This rank's share of what is to be put through the model, dealt out like cards, and whether
         each counts. Ranks with a sharded model call it equally often: a rank that has less computes

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -18,6 +18,9 @@ from workers.ranks.train.gang import Gang
 from workers.ranks.train.order import BatchPlan
 from workers.ranks.train.sharding import gather, shard, whole
 from workers.ranks.train.tasks.base import Objective
+
+_AS_TORCH = 1e-6
+"""What ``torch.nn.utils.clip_grad_norm_`` adds to the norm that it divides by."""
 
 
 def warm_up_batch(objective: Objective, data: Examples, plan: BatchPlan, compute: Compute) -> Batch:
@@ -63,12 +66,15 @@ class Parallel:
         if self._gang.sharded:
             shard(model, self._compute, self._gang)
 
-    def wrap(self, objective: Objective, model: PreTrainedModel, batch: Batch) -> nn.Module:
-        """The model as training calls it, warmed up with ``batch``."""
+    def wrap(
+        self, objective: Objective, model: PreTrainedModel, batch: Batch, apart: Sequence[str] = ()
+    ) -> nn.Module:
+        """The model as training calls it, warmed up with ``batch``. The parameters named in ``apart``
+        are exchanged by the caller."""
         model.train()
         if self._gang.world_size == 1 or self._gang.sharded:
             return model
-        return _replicate(objective, model, batch, self._compute)
+        return _replicate(objective, model, batch, self._compute, apart)
 
     def adding_up(self, wrapped: nn.Module) -> AbstractContextManager[None]:
         """For the passes of a step but the last one: gradients are exchanged once a step, in that.
@@ -80,10 +86,13 @@ class Parallel:
             return wrapped.no_sync()
         return nullcontext()
 
-    def clip(self, trained: Sequence[nn.Parameter], limit: float | None) -> float:
+    @torch.no_grad()
+    def clip(self, gradients: Sequence[torch.Tensor], limit: float | None) -> float:
         """The norm of the gradient, the same on every rank; above ``limit`` it is brought down to it."""
-        norm = nn.utils.clip_grad_norm_(trained, math.inf if limit is None else limit)
-        return float(whole(norm))
+        norm = float(whole(nn.utils.get_total_norm(gradients)))
+        if limit is not None and norm > limit:
+            torch._foreach_mul_(gradients, limit / (norm + _AS_TORCH))
+        return norm
 
     @contextmanager
     def evaluating(self, model: nn.Module) -> Iterator[None]:
@@ -103,8 +112,13 @@ class Parallel:
 
 
 def _replicate(
-    objective: Objective, model: PreTrainedModel, batch: Batch, compute: Compute
+    objective: Objective,
+    model: PreTrainedModel,
+    batch: Batch,
+    compute: Compute,
+    apart: Sequence[str],
 ) -> nn.Module:
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(apart))
     with warnings.catch_warnings():
         # Renamed in torch 2.13; the name that older versions know still works.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

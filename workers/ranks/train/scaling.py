@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 LARGEST_FIRST = 2.0**16
 SMALLEST = 1.0
@@ -48,9 +47,8 @@ class LossScale:
 
 
 @torch.no_grad()
-def unscale(parameters: Iterable[nn.Parameter], factor: float) -> None:
-    """Divide the gradients that are there by ``factor``."""
+def unscale(gradients: Iterable[torch.Tensor], factor: float) -> None:
+    """Divide gradients by ``factor``, in place."""
     assert math.frexp(factor)[0] == 0.5  # noqa: S101  a power of two, so the reciprocal is exact
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad.mul_(1 / factor)
+    for gradient in gradients:
+        gradient.mul_(1 / factor)

@@ -28,6 +28,7 @@ from workers.ranks.train.parallel import Parallel, warm_up_batch
 from workers.ranks.train.scaling import LossScale, unscale
 from workers.ranks.train.schedule import Schedule
 from workers.ranks.train.tasks.base import Objective
+from workers.ranks.train.touched import TouchedRows
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,9 @@ class Stepper:
         self._gang = gang
         self._parallel = parallel
         warm_up = warm_up_batch(objective, training, plan, compute)
-        self._wrapped = parallel.wrap(objective, model, warm_up)
+        self._touched = _touched_rows(model, options, plan, training, gang)
+        self._wrapped = parallel.wrap(objective, model, warm_up, self._touched.names)
+        self._touched.clear()
         self._sums = GradientSums(self._trained, self._wrapped, plan)
         self._work = OwnWork(compute, gang)
 
@@ -127,13 +130,15 @@ class Stepper:
             self._sums.after(part, last=last)
             loss += total.detach()
             tokens += batch.tokens if counts else 0
+        gradients = [p.grad for p in self._trained if p.grad is not None]
+        gradients += self._touched.exchange()
         if scale is not None:
-            unscale(self._trained, scale)
+            unscale(gradients, scale)
         if self._options.l1:
             # A rank's gradients are those of the gang by now, and so is what is added to them.
             add_l1(self._regularised, self._options.l1)
         # What is decided by the norm is decided on every rank alike.
-        norm = self._parallel.clip(self._trained, self._options.max_grad_norm)
+        norm = self._parallel.clip(gradients, self._options.max_grad_norm)
         loss_sum, token_sum, *heard = self._gang.sum(
             [float(loss), tokens, *signals, *self._work.by_rank()]
         )
@@ -146,19 +151,38 @@ class Stepper:
                     f"training diverged at step {step + 1}: loss {mean}, gradient norm {norm}",
                     scaled=scale is not None,
                 )
-            self._optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
             self._work.end()
             return Update(mean, norm, token_sum, rate, said, own_seconds, scale, skipped=True)
         loss_scale.went_well()
         for group in self._optimizer.param_groups:
             group["lr"] = rate
+        self._touched.put()
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         self._work.end()
         return Update(mean, norm, token_sum, rate, said, own_seconds, scale)
+
+    def _forget_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+        self._touched.clear()
 
     def _passes(self, indices: Indices) -> int:
         """How often a rank calls the model for a global batch. That is for each rank to choose, once at
         least, but of a model in shards, where all call it together: rank 0 has the most to do."""
         own = self._gang.rank if not self._gang.sharded else 0
         return max(1, len(micro_batches(indices, self._plan, own)))
+
+
+def _touched_rows(
+    model: PreTrainedModel,
+    options: Hyperparameters,
+    plan: BatchPlan,
+    training: Examples,
+    gang: Gang,
+) -> TouchedRows:
+    """What is exchanged by rows. Nothing where ranks exchange no gradients or have the model in shards,
+    where a tree is to add them up, and where L1 touches all rows."""
+    left_alone = gang.world_size == 1 or gang.sharded or plan.tree or options.l1
+    tokens = float(training.lengths.mean()) * plan.global_batch
+    return TouchedRows(model, math.inf if left_alone else tokens, gang)
