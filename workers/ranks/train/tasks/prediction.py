@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import IGNORED, Batch
@@ -57,9 +60,36 @@ class TokenPrediction(Task):
         return Evaluation(values, {"predicted_tokens": int(sums[2])})
 
     def predict(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits in fp32 [predicted, vocabulary] and the true tokens [predicted]. Only of these places
-        is there a copy in fp32: the logits are the largest tensor of a small model's training."""
-        answer: Any = model(**batch.inputs, **self.call)
+        """Logits in fp32 [predicted, vocabulary] and the true tokens [predicted]. They are computed of
+        these places alone: over a vocabulary they are a small model's largest tensor."""
         labels = batch.targets["labels"]
-        predicted = labels != IGNORED
-        return answer.logits[predicted].float(), labels[predicted]
+        places = (labels != IGNORED).flatten().nonzero().squeeze(1)
+        with _answering_at(places, labels.shape, self.loaded.model):
+            answer: Any = model(**batch.inputs, **self.call)
+        logits: torch.Tensor = answer.logits
+        if logits.ndim == 3:  # of all places, by a head that could not be told
+            logits = logits.flatten(0, 1).index_select(0, places)
+        return logits.float(), labels.flatten()[places]
+
+
+@contextmanager
+def _answering_at(
+    places: torch.Tensor, shape: torch.Size, model: PreTrainedModel
+) -> Iterator[None]:
+    """Have the last layer of ``model``, where it says which that is, answer at some of ``shape``'s
+    [examples, tokens] places: its logits are [places, answers] then."""
+
+    def choose(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or args[0].shape[:-1] != shape:
+            return None
+        return (args[0].flatten(0, 1).index_select(0, places), *args[1:])
+
+    last = model.get_output_embeddings()
+    if last is None:
+        yield
+        return
+    hook = last.register_forward_pre_hook(choose)
+    try:
+        yield
+    finally:
+        hook.remove()
