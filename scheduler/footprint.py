@@ -218,13 +218,15 @@ def _halves(precision: str) -> tuple[bool, ...]:
 
 def _logits(asked: Configuration) -> float:
     """Tensors of the size of the vocabulary, for each token: logits, their log-softmax, gradients."""
-    spec = asked.spec
-    taught = _TEACHING if spec.method == "distillation" else 0.0
+    taught = _TEACHING if asked.spec.method == "distillation" else 0.0
+    return _predicted(asked.spec) * (3 + taught)
+
+
+def _predicted(spec: TrainSpec) -> float:
+    """The share of the tokens that logits are computed for, at most."""
     if spec.task in GENERATIVE:
-        return 3 + taught
-    if spec.task == "fill-mask":  # only of the masked ones is there more than the logits' gradient
-        return 2 + spec.hyperparameters.mask_probability * (1 + taught)
-    return 0
+        return 1
+    return spec.hyperparameters.mask_probability if spec.task == "fill-mask" else 0
 
 
 def _evaluation(shape: ModelShape, asked: Configuration) -> float:
@@ -233,7 +235,8 @@ def _evaluation(shape: ModelShape, asked: Configuration) -> float:
     layer = 4 * shape.hidden + 2 * shape.intermediate
     if not _fused(shape, asked):
         layer += 2 * shape.heads * asked.length
-    answers = 2 * (shape.hidden + shape.vocabulary) if _logits(asked) else 0
+    predicted = _predicted(asked.spec)
+    answers = 2 * (shape.hidden + predicted * shape.vocabulary) if predicted else 0
     return tokens * FP32 * max(layer, answers)
 
 

@@ -87,7 +87,7 @@ class Parallel:
         return nullcontext()
 
     @torch.no_grad()
-    def clip(self, gradients: Sequence[torch.Tensor], limit: float | None) -> float:
+    def clip(self, gradients: list[torch.Tensor], limit: float | None) -> float:
         """The norm of the gradient, the same on every rank; above ``limit`` it is brought down to it."""
         norm = float(whole(nn.utils.get_total_norm(gradients)))
         if limit is not None and norm > limit:
@@ -118,7 +118,8 @@ def _replicate(
     compute: Compute,
     apart: Sequence[str],
 ) -> nn.Module:
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(apart))
+    ignore = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    ignore(model, list(apart))  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         # Renamed in torch 2.13; the name that older versions know still works.
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")

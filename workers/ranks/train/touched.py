@@ -133,7 +133,7 @@ def _together(apart: _Apart) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _summed(numbers: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Each number once, in ascending order, and the sum of its rows, added up in the order given."""
-    once, places = numbers.unique(return_inverse=True)
+    once, places = numbers.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     return once, rows.new_zeros(len(once), rows.shape[1]).index_add_(0, places, rows)
 
 

@@ -84,7 +84,7 @@ def _answering_at(
             return None
         return (args[0].flatten(0, 1).index_select(0, places), *args[1:])
 
-    last = model.get_output_embeddings()
+    last = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if last is None:
         yield
         return
