@@ -27,7 +27,7 @@ class _Apart:
 
     name: str
     """Its weight's in the model."""
-    weight: nn.Parameter
+    weight: torch.Tensor
     padding: int | None
     """The row that learns nothing."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -104,7 +104,7 @@ class TouchedRows:
 
 def _embeddings(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
     """Those whose weight nothing else has, such as a head, and whose lookup is plain."""
-    users: dict[nn.Parameter, int] = {}
+    users: dict[torch.Tensor, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
