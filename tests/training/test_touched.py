@@ -71,7 +71,7 @@ def test_the_gradient_is_that_of_autograd() -> None:
 
 
 def test_a_rank_that_touched_nothing_has_no_rows() -> None:
-    rows = rows_of(nn.Embedding(WIDE, 32))
+    rows = rows_of(nn.Sequential(nn.Embedding(WIDE, 32), nn.Linear(32, 1)))
     (gradient,) = rows.exchange()
     assert gradient.shape == (0, 32)
 
@@ -90,8 +90,43 @@ def test_what_is_small_frozen_or_shared_is_left_alone() -> None:
     assert rows_of(BertModel(config)).names == ["embeddings.word_embeddings.weight"]
     frozen = BertModel(config).requires_grad_(False)
     assert rows_of(frozen).names == []
+    only = BertModel(config).requires_grad_(False)
+    only.embeddings.word_embeddings.requires_grad_(True)
+    assert rows_of(only).names == []  # DDP would have nothing to exchange
     # Most rows would be touched.
     assert TouchedRows(BertModel(config), WIDE + 1.0, ALONE).names == []
+
+
+def test_a_weight_that_is_used_without_its_module_is_left_alone() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.last = nn.Embedding(WIDE, 32), nn.Linear(32, 32)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(self.last(self.words(tokens)), self.words.weight)
+
+    model, tokens = Tied(), torch.tensor([3, 5])
+    model(tokens).square().sum().backward()
+    wanted = model.words.weight.grad
+    assert wanted is not None
+    model.zero_grad()
+    rows = rows_of(model)
+    assert rows.names == ["words.weight"]
+    rows.try_out(lambda: model(tokens).sum().backward())
+    assert rows.names == []
+    model.zero_grad()
+    model(tokens).square().sum().backward()
+    assert model.words.weight.grad is not None
+    assert torch.equal(model.words.weight.grad, wanted)
+
+
+def test_what_only_looks_up_stays_and_nothing_is_left_of_the_trial() -> None:
+    model = nn.Sequential(nn.Embedding(WIDE, 32), nn.Linear(32, 1))
+    rows = rows_of(model)
+    rows.try_out(lambda: model(torch.tensor([3])).sum().backward())
+    assert rows.names == ["0.weight"]
+    assert rows.exchange()[0].shape == (0, 32)
 
 
 def test_two_ranks_train_as_one_does(tmp_path: Path, wide: Path, train_file: Path) -> None:

@@ -82,6 +82,13 @@ class Stepper:
         self._parallel = parallel
         warm_up = warm_up_batch(objective, training, plan, compute)
         self._touched = _touched_rows(model, options, plan, training, gang)
+        model.train()
+
+        def warm() -> None:
+            objective.loss(model, warm_up, compute).backward()  # type: ignore[no-untyped-call]
+
+        self._touched.try_out(warm)
+        model.zero_grad(set_to_none=True)
         self._wrapped = parallel.wrap(objective, model, warm_up, self._touched.names)
         self._touched.clear()
         self._sums = GradientSums(self._trained, self._wrapped, plan)

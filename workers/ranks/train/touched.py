@@ -9,11 +9,13 @@ move the other rows too.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from workers.ranks.train.gang import Gang
 
@@ -21,7 +23,7 @@ _SMALLEST = 1 << 20
 """Elements. An embedding of fewer is exchanged as fast whole."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Apart:
     """An embedding whose gradient is kept by rows."""
 
@@ -30,6 +32,7 @@ class _Apart:
     weight: torch.Tensor
     padding: int | None
     """The row that learns nothing."""
+    hook: RemovableHandle | None = None
     seen: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     """Row numbers [any] and gradients [any, width], of one lookup after the other."""
     numbers: torch.Tensor | None = None
@@ -63,13 +66,25 @@ class TouchedRows:
             weight = module.weight
             if weight.requires_grad and weight.numel() >= _SMALLEST and len(weight) >= tokens:
                 apart = _Apart(f"{name}.weight", weight, module.padding_idx)
-                module.register_forward_hook(apart.note)
+                apart.hook = module.register_forward_hook(apart.note)
                 self._apart.append(apart)
+        trained = sum(parameter.requires_grad for parameter in model.parameters())
+        if trained == len(self._apart):
+            self._leave_alone(self._apart)  # DDP refuses a model that leaves it nothing to exchange
 
     @property
     def names(self) -> list[str]:
         """Of the parameters."""
         return [apart.name for apart in self._apart]
+
+    def try_out(self, backward: Callable[[], object]) -> None:
+        """Leave alone what gets a gradient in a ``backward`` pass all the same: some models use the
+        weight in other ways than the lookup, and no module shows it."""
+        if not self._apart:
+            return
+        backward()
+        self._leave_alone([apart for apart in self._apart if apart.weight.grad is not None])
+        self.clear()
 
     def exchange(self) -> list[torch.Tensor]:
         """The mean over the ranks: gradients [rows, width] that ``put`` takes as they are then, so
@@ -100,6 +115,12 @@ class TouchedRows:
                 apart.whole.index_fill_(0, apart.numbers, 0.0)
             apart.seen.clear()
             apart.numbers = apart.rows = apart.weight.grad = None
+
+    def _leave_alone(self, some: Sequence[_Apart]) -> None:
+        for apart in some:
+            if apart.hook is not None:
+                apart.hook.remove()
+        self._apart = [apart for apart in self._apart if apart not in some]
 
 
 def _embeddings(model: nn.Module) -> list[tuple[str, nn.Embedding]]:
