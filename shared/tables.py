@@ -12,6 +12,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     CheckConstraint,
     Column,
     DateTime,
@@ -65,6 +66,10 @@ def _time(*, nullable: bool = True, now: bool = False) -> Any:
 
 def _json(*, nullable: bool = False) -> Any:
     return Column(JSONB(none_as_null=True), nullable=nullable)
+
+
+def _flag() -> Any:
+    return Column(Boolean, nullable=False, server_default=text("false"))
 
 
 def _big(*, nullable: bool = False, default: int | None = None, **kw: Any) -> Any:
@@ -257,6 +262,8 @@ class Attempt(Table, table=True):
     world_size: int
     micro_batch: int | None = None
     """What its ranks hold at once, where memory had run out with more before; null: as the spec says."""
+    progressed: bool = Field(default=False, sa_column=_flag())
+    """It left something durable that no attempt before it had: a further checkpoint, or results."""
     rendezvous: str | None = Field(default=None, sa_column=_text(nullable=True))
     """host:port where rank 0 listens."""
     failure_class: str | None = Field(default=None, sa_column=_text(nullable=True))
