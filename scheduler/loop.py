@@ -112,7 +112,7 @@ class Scheduler:
         if term is None or contact_since is None:
             return
         settings, store = self._settings, self._store
-        rescue_expired(store, term, contact_since, settings.lease_ttl)
+        rescue_expired(store, term, contact_since, settings)
         snapshot = store.call(take_snapshot, settings.device_timeout)
         self._place_and_dispatch(term, snapshot)
         self._publisher.publish_due(store)

@@ -295,6 +295,9 @@ class Device(Table, table=True):
         CheckConstraint("accelerator IN ('cpu', 'cuda')", name="accelerator"),
         CheckConstraint("state IN ('up', 'draining', 'gone')", name="state"),
         CheckConstraint("memory_bytes > 0 AND compute_capability >= 0", name="numbers"),
+        CheckConstraint(
+            "(suspect_until IS NULL) = (suspect_reason IS NULL)", name="suspect_says_why"
+        ),
     )
     id: str = Field(sa_column=_text(primary_key=True))
     host: str = Field(sa_column=_text(index=True))
@@ -311,6 +314,10 @@ class Device(Table, table=True):
     simulated: bool = False
     warm: list[str] = Field(default=[], sa_column=_json())
     """Models the engine process holds."""
+    suspect_until: datetime | None = Field(default=None, sa_column=_time())
+    """It seems deaf (``scheduler/suspicion.py``): no work until then, nor, at last, until it claims
+    something or its worker restarts."""
+    suspect_reason: str | None = Field(default=None, sa_column=_text(nullable=True))
     registered_at: datetime = Field(default=None, sa_column=_time(nullable=False, now=True))
 
 

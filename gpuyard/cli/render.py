@@ -40,6 +40,7 @@ STYLES = {
     "up": "green",
     "draining": "yellow",
     "silent": "red",
+    "suspect": "red",
     "gone": "dim",
 }
 
@@ -508,3 +509,11 @@ def fleet(console: Console, devices: Sequence[DeviceView], workers: Sequence[Wor
             )
         )  # fmt: skip
     return table(console, columns, rows)
+
+
+def suspicion(device: DeviceView) -> str:
+    """Why a device that is up gets no work."""
+    said = f"{device.id} gets no work, it seems deaf: {device.suspect_reason}."
+    if device.suspect_until is not None:
+        said += f" From {clock(device.suspect_until)} on it is tried with one job."
+    return f"{said} See whether its host reaches the broker; a restart of its worker clears it."

@@ -105,6 +105,8 @@ def claim_rank(
     lease.claimed_at = db_now()  # type: ignore[assignment]
     lease.expires_at = after(lease_ttl)  # type: ignore[assignment]
     drop_hints(session, attempt.id, hint.rank)
+    if device.suspect_until is not None:
+        device.suspect_until, device.suspect_reason = None, None  # it hears
     session.flush()
     tell(
         session, job, "claimed", f"{device_id} took rank {hint.rank}",

@@ -254,13 +254,6 @@ def test_narrow_terminals_keep_ids_whole(
     assert succeeded in cli("jobs").out
 
 
-def test_simulated_devices_are_marked(cli: Cli, fleet: FakeFleet) -> None:
-    fleet.add_device("gpu0@fake", simulated=True)
-    lines = {line.split()[0]: line for line in cli("workers").out.splitlines()}
-    assert "sim" in lines["gpu0@fake"]
-    assert "sim" not in lines["cpu0@fake"]
-
-
 def test_logs_of_a_gang_say_of_whom_they_are(
     cli: Cli, sdk: Client, fleet: FakeFleet, train_spec: Spec
 ) -> None:
