@@ -276,6 +276,10 @@ def test_results_go_to_a_file_whole(cli: Cli, succeeded: str, tmp_path: Path) ->
     assert (said.code, said.out) == (0, "")
     assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == list(range(8))
     assert cli("results", succeeded, "-o", str(tmp_path / "no" / "folder")).code == 2
+    (tmp_path / "out").mkdir()
+    said = cli("results", succeeded, "-o", str(tmp_path / "out"))
+    assert said.code == 2
+    assert "cannot write" in said.err
     assert list(tmp_path.glob(".out*")) == []
 
 
