@@ -171,7 +171,7 @@ def rescue_lease(
 
 
 def _pass_over(session: Session, job: Job, lost: ExpiredLease, suspect: Suspect) -> None:
-    """Until the device claims something (``claim_rank``), its worker restarts (``register_device``),
+    """Until the device brings a hint (``claim_rank``), its worker restarts (``register_device``),
     or the time is over: then it may show with one rank whether it hears again."""
     marked = session.execute(
         update(Device)

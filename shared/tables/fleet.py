@@ -52,8 +52,8 @@ class Device(Table, table=True):
     warm: list[str] = Field(default=[], sa_column=json_column())
     """Models the engine process holds."""
     suspect_until: datetime | None = Field(default=None, sa_column=time_column())
-    """It seems deaf (``scheduler/suspicion.py``): no work until then, nor, at last, until it claims
-    something or its worker restarts."""
+    """It seems deaf (``scheduler/suspicion.py``): no work until then. Null again once it brings a hint or
+    its worker restarts."""
     suspect_reason: str | None = Field(default=None, sa_column=text_column(nullable=True))
     registered_at: datetime = Field(default=None, sa_column=time_column(nullable=False, now=True))
 

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from scheduler.rescue import rescue_expired
 from scheduler.suspicion import RINGS, judge
 from shared.store import Store
-from shared.store.claim import Claimed, claim_rank
+from shared.store.claim import Claimed, Refusal, claim_rank
 from shared.store.dispatch import mark_published
 from shared.store.read import events_after
 from shared.store.rescue import Unclaimed
@@ -123,6 +123,14 @@ def test_a_claim_clears_it(silence: Silence, store: Store) -> None:
     (hint,) = world.hints(store, other.id)
     claimed = store.call(claim_rank, hint, "cpu1@a", silence.workers[1], 60)
     assert isinstance(claimed, Claimed)
+    assert "cpu1@a" in silence.live()
+
+
+def test_a_hint_that_comes_late_clears_it(silence: Silence, store: Store) -> None:
+    """Its own queue is full of what it did not hear; none of it leads to a claim any more."""
+    silence.run_out()
+    late = store.call(claim_rank, silence.hints[1], "cpu1@a", silence.workers[1], 60)
+    assert late is Refusal.STALE
     assert "cpu1@a" in silence.live()
 
 
