@@ -89,7 +89,8 @@ class Scheduler:
             self._wake.clear()
             started = time.monotonic()
             self._tick_safely()
-            # A burst of submissions becomes a few ticks, and a long queue takes half a core at most.
+            # A burst of submissions becomes a few ticks, and a long queue takes half a core at most. No
+            # event may cut it short, or a busy fleet would wake it at once.
             time.sleep(min(max(_SHORTEST_PAUSE, time.monotonic() - started), _LONGEST_PAUSE))
             if not self._stopping:
                 self._wake.wait(self._settings.tick_every)
@@ -112,7 +113,7 @@ class Scheduler:
         if term is None or contact_since is None:
             return
         settings, store = self._settings, self._store
-        rescue_expired(store, term, contact_since, settings.lease_ttl)
+        rescue_expired(store, term, contact_since, settings)
         snapshot = store.call(take_snapshot, settings.device_timeout)
         self._place_and_dispatch(term, snapshot)
         self._publisher.publish_due(store)
@@ -135,6 +136,7 @@ class Scheduler:
         except Unavailable as error:
             self._complain(f"waiting: {error}", None)
         except Exception as error:
+            # A tick must not end the loop: what fails once may well be one job, or one moment.
             self._complain(f"a tick failed and is tried again: {type(error).__name__}", error)
         else:
             if self._trouble is not None:

@@ -180,7 +180,7 @@ class _Round:
         if held_back:
             parts.append(f"{held_back} kept for jobs ahead")
         if options.silent:
-            parts.append(f"{options.silent} silent or draining")
+            parts.append(f"{options.silent} silent, draining or suspect")
         lacking = "a device"
         if needs.devices > 1:
             lacking = f"{max(1, needs.devices - free)} of {needs.devices} devices"

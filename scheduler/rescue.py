@@ -11,8 +11,17 @@ import logging
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
+from scheduler.suspicion import judge
+from shared.settings import Settings
 from shared.store import Store
-from shared.store.rescue import Expired, ExpiredLease, expired_leases, rescue_lease
+from shared.store.rescue import (
+    Expired,
+    ExpiredLease,
+    Suspect,
+    expired_leases,
+    rescue_lease,
+    unclaimed,
+)
 
 log = logging.getLogger(__name__)
 
@@ -68,20 +77,36 @@ def decide(expired: Expired, contact_since: datetime, lease_ttl: float) -> list[
     return verdicts
 
 
-def rescue_expired(store: Store, term: int, contact_since: datetime, lease_ttl: float) -> int:
-    """Take back what ``decide`` says; how many leases that were.
+def rescue_expired(store: Store, term: int, contact_since: datetime, settings: Settings) -> int:
+    """Take back what ``decide`` says; how many leases that were. A device that should have claimed
+    one, and seems deaf, is passed over from then on.
 
     Raises:
         Unavailable: Postgres cannot be reached.
     """
     expired = store.call(expired_leases)
     rescued = 0
-    for verdict in decide(expired, contact_since, lease_ttl):
+    for verdict in decide(expired, contact_since, settings.lease_ttl):
         lease = verdict.lease
-        if verdict.rescue and store.call(rescue_lease, term, lease):
+        if not verdict.rescue:
+            continue
+        suspect = None if lease.held else _suspect(store, lease, settings)
+        if store.call(rescue_lease, term, lease, suspect):
             rescued += 1
             log.warning(
                 "rescued rank %d of %s from %s: %s",
                 lease.rank, lease.attempt_id, lease.device_id, verdict.reason,
             )  # fmt: skip
+            if suspect is not None:
+                log.warning("%s seems deaf: %s", lease.device_id, suspect.reason)
     return rescued
+
+
+def _suspect(store: Store, lease: ExpiredLease, settings: Settings) -> Suspect | None:
+    seen = store.call(unclaimed, lease, settings.device_timeout)
+    if seen is None:
+        return None
+    suspicion = judge(seen)
+    if not suspicion.suspect:
+        return None
+    return Suspect(seen.worker_id, suspicion.reason, settings.suspect_for)

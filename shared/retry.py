@@ -27,6 +27,8 @@ class End:
     failure_class: FailureClass
     micro_batch: int | None = None
     """Of the attempt, where memory had run out with a larger one before."""
+    progressed: bool = False
+    """It left something durable that no attempt before it had: a further checkpoint, or results."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,13 @@ def decide(policy: Retry, ends: Sequence[End], less: LessAtOnce | None = None) -
     User and data errors, cancellation and deadlines are final. A training that ran out of memory goes
     on at once with ``less``, and that costs no try: each time it is half at most, so it comes to an end.
     Where there is nothing less, out of memory is tried once more, in case something else held the
-    memory; not after smaller ones were tried. Everything else is tried again until ``max_attempts``, with
-    a delay that doubles; preemptions and unclaimed attempts count for nothing.
+    memory; not after smaller ones were tried. Everything else is tried again until ``max_attempts``;
+    preemptions and unclaimed attempts count for nothing.
+
+    The first failure is followed at once: what broke by chance does not break again. Failures in a row
+    wait, twice as long with each, so that a job that breaks wherever it goes does not spin. The row
+    ends with an attempt that brought the job on, and a failure of that one is a first one. Memory that
+    something else holds always gets the wait.
     """
     newest = ends[-1].failure_class
     if newest in _FINAL:
@@ -73,11 +80,20 @@ def decide(policy: Retry, ends: Sequence[End], less: LessAtOnce | None = None) -
         newest is FailureClass.OUT_OF_MEMORY
     ):
         return GiveUp(f"{newest}: it ran out of memory {MAX_OUT_OF_MEMORY} times or more")
-    counted = len(_counted(ends))
+    costs = _costs_a_try(ends)
+    counted = sum(costs)
     if counted >= policy.max_attempts:
         return GiveUp(f"{newest}: all {policy.max_attempts} attempts are used up")
-    delay = min(policy.backoff_seconds * 2 ** min(counted - 1, 30), MAX_BACKOFF)
-    return TryAgain(delay, f"{newest}: attempt {counted} of {policy.max_attempts} failed")
+    failed = f"{newest}: attempt {counted} of {policy.max_attempts} failed"
+    in_a_row = _in_a_row(ends, costs)
+    if in_a_row > 1:
+        failed += f", {in_a_row} in a row"
+    elif counted > 1:
+        failed += ", the first since the job got further"
+    waits = max(in_a_row - 1, int(newest is FailureClass.OUT_OF_MEMORY))
+    if waits == 0:
+        return TryAgain(0.0, failed)
+    return TryAgain(min(policy.backoff_seconds * 2 ** min(waits - 1, 30), MAX_BACKOFF), failed)
 
 
 def _how(less: LessAtOnce) -> str:
@@ -85,15 +101,24 @@ def _how(less: LessAtOnce) -> str:
     return f"with {rows} at once: next with {less.micro_batch}, the global batch stays what it is"
 
 
-def _counted(ends: Sequence[End]) -> list[FailureClass]:
-    """Those that cost a try: none that is free, and no lack of memory that the next attempt answered
+def _costs_a_try(ends: Sequence[End]) -> list[bool]:
+    """Of each end: not if it is free, nor if it was a lack of memory that the next attempt answered
     with a smaller micro-batch."""
     following = [*ends[1:], ends[-1]]
     return [
-        end.failure_class
-        for end, after in zip(ends, following, strict=True)
-        if end.failure_class not in _FREE
+        end.failure_class not in _FREE
         and not (
             end.failure_class is FailureClass.OUT_OF_MEMORY and after.micro_batch != end.micro_batch
         )
+        for end, after in zip(ends, following, strict=True)
     ]
+
+
+def _in_a_row(ends: Sequence[End], costs: Sequence[bool]) -> int:
+    """The failures since the job last got further, that of the attempt that brought it on included."""
+    failures = 0
+    for end, costly in zip(reversed(ends), reversed(costs), strict=True):
+        failures += costly
+        if end.progressed:
+            break
+    return failures

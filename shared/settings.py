@@ -54,6 +54,8 @@ class Settings(BaseSettings):
     heartbeat_every: float = Field(3, gt=0)
     device_timeout: float = Field(20, gt=0)
     """A device without heartbeat for so long gets no new work."""
+    suspect_for: float = Field(600, gt=0)
+    """A device that takes nothing of what it is sent, while others do, gets no work for so long."""
     tick_every: float = Field(1.0, gt=0)
     """The scheduler also looks without a wake-up, this often."""
     leader_ttl: float = Field(6, gt=0)

@@ -220,7 +220,11 @@ class DeviceView(View):
     id: str
     host: str
     state: str
-    """up, draining, gone, or silent: registered as up and not heard of lately."""
+    """up, draining, gone, silent (registered as up and not heard of lately), or suspect (heard of, but
+    it takes nothing of what it is sent)."""
+    suspect_reason: str | None = None
+    suspect_until: datetime | None = None
+    """Until then it gets no work; after that one rank, to show whether it hears again."""
     accelerator: str
     model: str
     uuid: str | None = None

@@ -113,6 +113,7 @@ def guarded(session: Session, work: Callable[[], None]) -> None:
     except typer.Exit:
         raise
     except Exception as error:
+        # Last of all: whatever a command did not foresee is a defect, and users get no traceback.
         if os.environ.get(DEBUG):
             traceback.print_exc()
         session.complain(

@@ -31,6 +31,9 @@ def workers(session: Session) -> None:
         )
     elif devices:
         session.out.print(render.fleet(session.out, devices, serving))
+        for device in devices:
+            if device.state == "suspect":
+                session.say(render.suspicion(device))
     else:
         session.say("no devices yet; `gpuyard worker` on a host registers those it has")
 

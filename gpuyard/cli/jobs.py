@@ -158,20 +158,17 @@ def results(
             if file:
                 file.flush()
                 os.fsync(file.fileno())
+        if part and output:
+            part.replace(output)
     except KeyboardInterrupt:
-        if part:
-            part.unlink(missing_ok=True)
         raise Interrupted(f"interrupted after {count} rows; {job} goes on") from None
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
         raise DataError(f"cannot write {output}: {error.strerror}", param="--output") from None
-    except BaseException:
+    finally:
         if part:
             part.unlink(missing_ok=True)
-        raise
-    if part and output:
-        part.replace(output)
     detail = session.client.job(job)
     missing = (detail.rows_total or 0) - count
     if not detail.state.terminal and missing > 0:

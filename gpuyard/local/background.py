@@ -99,6 +99,7 @@ def start_stack(
     try:
         wait_until(settled, START_SECONDS + 10)
     except BaseException:
+        # Ctrl-C above all: nobody else knows of the process that was just started.
         end(process, [(signal.SIGTERM, STOP_SECONDS)])
         raise
     if found is None:

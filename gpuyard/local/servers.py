@@ -113,6 +113,7 @@ class _Server(ABC):
         try:
             self._start(time.monotonic() + timeout)
         except BaseException:
+            # Ctrl-C as well: the process and the lock of the folder are nobody's but ours.
             self.stop()
             raise
         return self.url
@@ -152,11 +153,12 @@ class _Server(ABC):
 
     def _check_alive(self, deadline: float) -> None:
         """Between two tries to connect: raise if trying again is in vain."""
-        if self._process is None or self._process.poll() is not None:
-            raise self._failed("ended while starting")
         if time.monotonic() > deadline:
             raise self._failed("did not answer in time")
-        time.sleep(0.03)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if self._process is not None:
+                self._process.wait(0.03)
+            raise self._failed("ended while starting")
 
     def __enter__(self) -> Self:
         self.start()

@@ -105,6 +105,7 @@ class Stack:
             self.instance.write()
             self._starting = False
         except BaseException:
+            # Also the KeyboardInterrupt of `handle_signals`: what was started must not stay.
             self._starting = False
             self.stop()
             raise
@@ -130,6 +131,7 @@ class Stack:
                     self.instance.api_key, Path(self.instance.api_key_file)
                 )
                 self.instance.write()
+            # What is watched are processes and signals: nothing that one call could wait for.
             time.sleep(0.1)
 
     def handle_signals(self) -> None:

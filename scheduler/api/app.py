@@ -27,6 +27,7 @@ from scheduler.api.context import Context
 from scheduler.api.documentation import ASSETS, install_documentation
 from scheduler.api.errors import install_error_handlers, responses
 from scheduler.api.keys import KeyCache
+from scheduler.api.parameters import refuse_unknown
 from scheduler.api.requests import RequestContext
 from scheduler.api.uploads import sweep_abandoned
 from scheduler.api.wakeups import Wakeups
@@ -41,7 +42,7 @@ page, press **Authorize** and paste the key; this browser keeps it.
 
 Every error is `{"error": {"code", "message", "param", "hint", "request_id"}}`; `code` is stable.
 
-Lists are pages, newest first: pass `next` as `cursor`.
+Lists are pages, newest first: pass `next` as `cursor`. Query parameters that a route does not have are refused.
 """
 _TAGS = [
     {"name": "jobs", "description": "Submit, list, look at, follow and cancel."},
@@ -83,11 +84,14 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
     )
     app.state.context = context
     v1 = APIRouter(
-        prefix="/v1", dependencies=[Depends(require_key)], responses=responses(401, 422, 503)
+        prefix="/v1",
+        dependencies=[Depends(require_key), Depends(refuse_unknown)],
+        responses=responses(401, 422, 503),
     )
     for part in (jobs, sweeps, results, artifacts, models, files, fleet):
         v1.include_router(part.router)
     app.include_router(v1)
+    # Without `refuse_unknown`: monitors append what they like against caches, and nothing is asked.
     app.include_router(health.router)
     install_documentation(app)
     app.add_middleware(RequestContext)

@@ -59,6 +59,7 @@ async def upload_file(
         # Whether the row is in is unknown, and a row without its file is worse than the reverse.
         raise
     except Exception:
+        # Whatever else refused the row, it is not in, and nobody would ever name the file.
         discard(context.settings, received)
         raise
     return file_view(file)

@@ -54,6 +54,7 @@ class RequestContext:
         except ClientDisconnect:
             log.info("the client went away from %s %s", scope["method"], scope["path"])
         except Exception:
+            # Last of all: what no handler knew. The log has the traceback, and the answer its id.
             log.exception("unexpected error in %s %s", scope["method"], scope["path"])
             if status == 0:
                 answer = envelope(

@@ -172,11 +172,15 @@ def file_view(file: File) -> FileView:
 
 
 def device_view(row: DeviceRow, device_timeout: float) -> DeviceView:
-    silent = row.seconds_silent > device_timeout or row.worker.ended_at is not None
+    state = row.device.state
+    if state == "up" and (row.seconds_silent > device_timeout or row.worker.ended_at is not None):
+        state = "silent"
+    elif state == "up" and row.device.suspect_until is not None:
+        state = "suspect"
     fields = row.device.model_dump(exclude={"state", "compute_capability"})
     return DeviceView(
         **fields,
-        state="silent" if row.device.state == "up" and silent else row.device.state,
+        state=state,
         compute_capability=row.device.compute_capability / 10,
         job_id=row.job_id,
         rank=row.rank,

@@ -101,7 +101,13 @@ class Retry(Strict):
         description="What costs none: preemption, and memory that ran out in a training that goes on with "
         "fewer rows at once.",
     )
-    backoff_seconds: float = Field(2.0, ge=0, le=3600, description="Doubles with every failure.")
+    backoff_seconds: float = Field(
+        2.0,
+        ge=0,
+        le=3600,
+        description="What a second failure in a row waits; doubles with each more, up to 300 s. A first one is "
+        "tried again at once, and so is one of an attempt that made a further checkpoint or gave results.",
+    )
 
 
 MODEL = (

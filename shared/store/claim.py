@@ -14,7 +14,7 @@ from shared.capability import device_queue
 from shared.lifecycle import AttemptState, JobState, LeaseState
 from shared.messages import EndedAttempt, Hint
 from shared.store.dispatch import drop_hints
-from shared.store.engine import WAKE_ATTEMPT, after, db_now, wake
+from shared.store.engine import WAKE_ATTEMPT, WAKE_SCHEDULER, after, db_now, wake
 from shared.store.guard import (
     Holder,
     attempt_and_lease,
@@ -79,6 +79,7 @@ def claim_rank(
     reservation then moves to the claiming device, or changes places with the claiming device's own.
     """
     job = lock_job(session, hint.job_id)
+    _trust(session, device_id, worker_id)
     attempt, lease = attempt_and_lease(session, hint.attempt_id, hint.rank)
     if job is None or attempt is None or lease is None or job.token != hint.token:
         return Refusal.STALE
@@ -125,6 +126,22 @@ def claim_rank(
         best=best,
         ended=_ended(session, job.id, attempt.number),
     )
+
+
+def _trust(session: Session, device_id: str, worker_id: str) -> None:
+    """A device that seemed deaf and brings a hint, an old one perhaps, is not."""
+    heard = session.execute(
+        update(Device)
+        .where(
+            col(Device.id) == device_id,
+            col(Device.worker_id) == worker_id,
+            col(Device.suspect_until).is_not(None),
+        )
+        .values(suspect_until=None, suspect_reason=None)
+        .returning(col(Device.id))
+    ).first()
+    if heard is not None:
+        wake(session, WAKE_SCHEDULER)
 
 
 def _start(session: Session, job: Job, attempt: Attempt) -> None:

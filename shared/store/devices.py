@@ -58,6 +58,8 @@ def register_device(session: Session, facts: DeviceFacts, pid: int, version: str
         "queue": facts.capability.queue,
         "simulated": facts.simulated,
         "warm": [],
+        "suspect_until": None,
+        "suspect_reason": None,
         "registered_at": db_now(),
     }
     session.execute(

@@ -231,11 +231,15 @@ def _cancelled(session: Session, job: Job, attempt: Attempt) -> None:
 
 def _retry_or_fail(session: Session, job: Job, attempt: Attempt, failure: Failure) -> None:
     ended = session.exec(
-        select(Attempt.failure_class, Attempt.micro_batch)
+        select(Attempt.failure_class, Attempt.micro_batch, Attempt.progressed)
         .where(Attempt.job_id == job.id, col(Attempt.failure_class).is_not(None))
         .order_by(col(Attempt.number))
     ).all()
-    ends = [retry.End(FailureClass(why), micro_batch) for why, micro_batch in ended if why]
+    ends = [
+        retry.End(FailureClass(why), micro_batch, progressed)
+        for why, micro_batch, progressed in ended
+        if why
+    ]
     less = _less_at_once(job, attempt, failure)
     decision = retry.decide(Retry(**job.spec["retry"]), ends, less)
     if isinstance(decision, retry.TryAgain):
@@ -245,8 +249,8 @@ def _retry_or_fail(session: Session, job: Job, attempt: Attempt, failure: Failur
         job.not_before = after(decision.after_seconds)  # type: ignore[assignment]
         job.waiting_reason = f"tried again after {failure.code}"
         tell(
-            session, job, "retry", f"{decision.reason}; again in {decision.after_seconds:.0f} s",
-            attempt=attempt.number,
+            session, job, "retry", f"{decision.reason}; again {_when(decision.after_seconds)}",
+            attempt=attempt.number, after_seconds=decision.after_seconds,
             **({"micro_batch": decision.micro_batch} if decision.micro_batch else {}),
         )  # fmt: skip
         return
@@ -258,6 +262,10 @@ def _retry_or_fail(session: Session, job: Job, attempt: Attempt, failure: Failur
         session, job, "failed", failure.message,
         attempt=attempt.number, reason=decision.reason, **{"class": failure.failure_class},
     )  # fmt: skip
+
+
+def _when(seconds: float) -> str:
+    return f"in {seconds:.3g} s" if seconds else "at once"
 
 
 def _less_at_once(job: Job, attempt: Attempt, failure: Failure) -> retry.LessAtOnce | None:

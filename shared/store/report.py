@@ -117,6 +117,8 @@ def commit_checkpoint(
         .returning(col(Checkpoint.id))
     ).first()
     if new is not None:  # else it is the repeat of a call whose answer was lost
+        if step > _furthest_before(session, holder):
+            rows.attempt.progressed = True
         best = best_step == step
         tell(
             session, rows.job, "checkpoint",
@@ -124,6 +126,18 @@ def commit_checkpoint(
             attempt=rows.attempt.number, step=step, size=size, best=best,
         )  # fmt: skip
     return True
+
+
+def _furthest_before(session: Session, holder: Holder) -> int:
+    """The furthest checkpoint of the attempts before this one (retention keeps the job's furthest);
+    -1 without any. One that is damaged counts: an attempt that computes again what an earlier one had
+    saved, and fails, has not brought the job on."""
+    furthest = session.exec(
+        select(func.max(Checkpoint.step)).where(
+            Checkpoint.job_id == holder.job_id, Checkpoint.attempt_id != holder.attempt_id
+        )
+    ).one()
+    return -1 if furthest is None else furthest
 
 
 def forget_checkpoints(session: Session, holder: Holder, keep: int) -> Sequence[str] | None:
@@ -215,6 +229,7 @@ def commit_shard(
     shard = session.get(Shard, (holder.job_id, index), options=[load_only(Shard.rows)])  # type: ignore[arg-type]
     if shard is None or shard.rows != len(results):
         raise AssertionError(f"{holder.job_id} has no shard {index} of {len(results)} rows")
+    rows.attempt.progressed = True
     session.execute(
         update(Shard)
         .where(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from sqlalchemy import ColumnElement, update
 from sqlmodel import Session, col, func, select
 
 from shared.lifecycle import AttemptState, FailureClass, LeaseState
-from shared.store.engine import WAKE_SCHEDULER, db_now, wake
+from shared.store.engine import WAKE_SCHEDULER, after, db_now, wake
 from shared.store.finish import Failure, end_attempt
-from shared.store.guard import lock_job, release
+from shared.store.guard import lock_job, release, tell
 from shared.store.leader import leads
-from shared.tables import Attempt, Lease
+from shared.tables import Attempt, Device, Job, Lease, Outbox, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,30 @@ class Expired:
     now: datetime
     postgres_up_since: datetime
     """Leases that ran out while Postgres was away are not rescued before their holders had time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unclaimed:
+    """What is known of a device that did not claim a rank reserved on it."""
+
+    worker_id: str
+    live: bool
+    """Up, and heard of lately."""
+    served_since_dispatch: bool
+    """By the same worker process."""
+    rings: int
+    """How often the broker took the hint."""
+    others_claimed: int
+    """Ranks that other devices claimed since the dispatch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """The device of a lease is to be passed over for so many ``seconds``."""
+
+    worker_id: str
+    reason: str
+    seconds: float
 
 
 def expired_leases(session: Session, limit: int = 200) -> Expired:
@@ -62,18 +87,58 @@ def expired_leases(session: Session, limit: int = 200) -> Expired:
     return Expired(leases, now, since)
 
 
-def rescue_lease(session: Session, term: int, lost: ExpiredLease) -> bool:
-    """Release an expired lease; if its attempt is out, that ends as lost and the policy decides.
+def unclaimed(session: Session, lost: ExpiredLease, device_timeout: float) -> Unclaimed | None:
+    """The evidence on the device of a lease that was never claimed. None: it is claimed or over by
+    now, or its hint is gone."""
+    found = session.exec(
+        select(Lease, Device, Worker, Outbox)
+        .join(Device, col(Device.id) == col(Lease.device_id))
+        .join(Worker, col(Worker.id) == col(Device.worker_id))
+        .join(
+            Outbox,
+            (col(Outbox.attempt_id) == Lease.attempt_id) & (col(Outbox.rank) == Lease.rank),
+        )
+        .where(_is(lost), Lease.state == LeaseState.RESERVED, Lease.device_id == lost.device_id)
+    ).first()
+    if found is None:
+        return None
+    lease, device, worker, hint = found
+    others = select(func.count()).where(
+        Lease.device_id != device.id, col(Lease.claimed_at) > lease.created_at
+    )
+    now = session.exec(select(func.clock_timestamp())).one()
+    return Unclaimed(
+        worker_id=worker.id,
+        live=device.state == "up"
+        and worker.ended_at is None
+        and (now - worker.heartbeat_at).total_seconds() <= device_timeout,
+        served_since_dispatch=worker.started_at <= lease.created_at,
+        rings=hint.published,
+        others_claimed=session.exec(others).one(),
+    )
+
+
+def _is(lost: ExpiredLease) -> ColumnElement[bool]:
+    return (col(Lease.attempt_id) == lost.attempt_id) & (col(Lease.rank) == lost.rank)
+
+
+def rescue_lease(
+    session: Session, term: int, lost: ExpiredLease, suspect: Suspect | None = None
+) -> bool:
+    """Release an expired lease; if its attempt is out, that ends as lost and the policy decides. Its
+    device is passed over from now on if it is ``suspect``.
 
     False: it was renewed, released or claimed meanwhile, or this scheduler leads no more.
     """
-    if not leads(session, term) or lock_job(session, lost.job_id) is None:
+    if not leads(session, term):
+        return False
+    job = lock_job(session, lost.job_id)
+    if job is None:
         return False
     lease = session.exec(
         select(Lease)
         .where(
-            Lease.attempt_id == lost.attempt_id,
-            Lease.rank == lost.rank,
+            _is(lost),
             Lease.state != LeaseState.RELEASED,
             col(Lease.expires_at) < db_now(),
         )
@@ -84,6 +149,8 @@ def rescue_lease(session: Session, term: int, lost: ExpiredLease) -> bool:
     was_held = lease.state == LeaseState.HELD
     release(lease)
     session.flush()
+    if suspect is not None and not was_held and lease.device_id == lost.device_id:
+        _pass_over(session, job, lost, suspect)
     if was_held:
         failure = Failure(
             FailureClass.LOST_WORKER,
@@ -101,3 +168,21 @@ def rescue_lease(session: Session, term: int, lost: ExpiredLease) -> bool:
     end_attempt(session, lost.job_id, lost.attempt_id, lost.token, AttemptState.LOST, failure)
     wake(session, WAKE_SCHEDULER)
     return True
+
+
+def _pass_over(session: Session, job: Job, lost: ExpiredLease, suspect: Suspect) -> None:
+    """Until the device brings a hint (``claim_rank``), its worker restarts (``register_device``),
+    or the time is over: then it may show with one rank whether it hears again."""
+    marked = session.execute(
+        update(Device)
+        .where(col(Device.id) == lost.device_id, col(Device.worker_id) == suspect.worker_id)
+        .values(suspect_until=after(suspect.seconds), suspect_reason=suspect.reason)
+        .returning(col(Device.id))
+    ).first()
+    if marked is not None:
+        number = session.exec(select(Attempt.number).where(Attempt.id == lost.attempt_id)).one()
+        tell(
+            session, job, "device_suspect",
+            f"{lost.device_id} gets no work for now, it seems deaf: {suspect.reason}",
+            attempt=number, device=lost.device_id, seconds=suspect.seconds,
+        )  # fmt: skip

@@ -36,7 +36,7 @@ class DeviceState:
     capability: Capability
     simulated: bool
     live: bool
-    """Up, and its worker was heard of lately: it may get work."""
+    """Up, its worker was heard of lately, and it does not seem deaf: it may get work."""
     known: bool
     """Belongs to the fleet: not gone in an orderly way. A silent device may come back."""
     busy: bool
@@ -121,7 +121,8 @@ def read_devices(session: Session, now: datetime, device_timeout: float) -> tupl
             simulated=device.simulated,
             live=device.state == "up"
             and worker.ended_at is None
-            and (now - worker.heartbeat_at).total_seconds() <= device_timeout,
+            and (now - worker.heartbeat_at).total_seconds() <= device_timeout
+            and (device.suspect_until is None or device.suspect_until <= now),
             known=device.state != "gone",
             busy=bool(is_busy),
             warm=tuple(device.warm),

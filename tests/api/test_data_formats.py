@@ -16,7 +16,7 @@ from shared.resolved import Resolved, ResolvedInput
 from shared.settings import Settings
 from shared.store import Store, read
 from tests.api.conftest import error_of, running, submit
-from tests.api.test_bad_specs import refused
+from tests.api.refusals import refused
 
 Spec = Callable[..., dict[str, Any]]
 CSV = b"text,label\n" + b"one,a\ntwo,b\n" * 10

@@ -91,7 +91,7 @@ def test_health(
 ) -> None:
     with (
         running(make_settings(database, valkey_url), store) as api,
-        httpx.Client(base_url=api.url) as client,
+        httpx.Client(base_url=api.url, timeout=60) as client,
     ):
         assert client.get("/healthz").json()["status"] == "ok"
         ready = client.get("/readyz")

@@ -238,7 +238,7 @@ def test_a_job_that_would_need_silent_devices_keeps_nothing() -> None:
     plan = place(devices, [job("gang", needs(devices=2)), job("small", age=1)])
     assert plan.waiting == {
         "gang": "waits for 1 of 2 devices of class cuda.sm80.80g: "
-        "1 free, 0 busy, 1 silent or draining"
+        "1 free, 0 busy, 1 silent, draining or suspect"
     }
     assert plan.placements["small"].devices == ("a100-0@a",)
 

@@ -41,7 +41,7 @@ FINAL = {
 }
 FREE = {FailureClass.PREEMPTED, FailureClass.UNCLAIMED}
 policies = st.builds(Retry, max_attempts=st.integers(1, 10), backoff_seconds=st.floats(0, 3600))
-ends = st.builds(End, st.sampled_from(FailureClass))
+ends = st.builds(End, st.sampled_from(FailureClass), progressed=st.booleans())
 histories = st.lists(ends, min_size=1, max_size=30)
 
 
@@ -84,13 +84,51 @@ def test_what_costs_no_try_changes_nothing(
     assert decide(policy, [*free, *failures]) == decide(policy, failures)
 
 
-def test_the_delay_doubles() -> None:
-    policy = Retry(max_attempts=100, backoff_seconds=2)
-    lost = [End(FailureClass.LOST_WORKER)]
-    delays = [decide(policy, lost * n) for n in range(1, 12)]
-    seconds = [d.after_seconds for d in delays if isinstance(d, TryAgain)]
-    assert seconds[:4] == [2, 4, 8, 16]
+def test_a_first_failure_is_followed_at_once_and_the_delay_of_a_row_doubles() -> None:
+    seconds = delays([LOST] * 11)
+    assert seconds[:5] == [0, 2, 4, 8, 16]
     assert seconds[-1] == MAX_BACKOFF
+
+
+def test_a_row_of_failures_ends_with_an_attempt_that_brought_the_job_on() -> None:
+    assert delays([LOST, LOST, LOST, LOST_FURTHER, LOST, LOST]) == [0, 2, 4, 0, 2, 4]
+    assert delays([LOST_FURTHER] * 5) == [0] * 5
+
+
+def test_what_costs_no_try_ends_a_row_only_with_progress() -> None:
+    preempted = End(FailureClass.PREEMPTED)
+    assert delays([LOST, preempted, LOST]) == [0, 0, 2]
+    preempted_further = End(FailureClass.PREEMPTED, progressed=True)
+    assert delays([LOST, LOST, preempted_further, LOST, LOST]) == [0, 2, 0, 0, 2]
+
+
+def test_memory_that_something_else_holds_gets_a_wait_at_once() -> None:
+    assert delays([End(FailureClass.OUT_OF_MEMORY)]) == [2]
+    assert delays([LOST, LOST, End(FailureClass.OUT_OF_MEMORY)])[-1] == 4
+
+
+@given(policy=policies, failures=histories)
+def test_no_job_spins(policy: Retry, failures: list[End]) -> None:
+    """Whatever is tried again without delay is a first failure, got further, or costs no try."""
+    decision = decide(policy, failures)
+    if not isinstance(decision, TryAgain) or failures[-1].failure_class in FREE:
+        return
+    row = next((n for n, end in enumerate(reversed(failures)) if end.progressed), len(failures))
+    counted = [end for end in failures[len(failures) - row :] if end.failure_class not in FREE]
+    if len(counted) > 1:
+        assert decision.after_seconds >= min(policy.backoff_seconds, MAX_BACKOFF)
+        assert "in a row" in decision.reason
+
+
+LOST = End(FailureClass.LOST_WORKER)
+LOST_FURTHER = End(FailureClass.LOST_WORKER, progressed=True)
+
+
+def delays(failures: list[End]) -> list[float]:
+    """What each of these is followed by, with a policy that begins with 2 s."""
+    policy = Retry(max_attempts=100, backoff_seconds=2)
+    decisions = [decide(policy, failures[:n]) for n in range(1, len(failures) + 1)]
+    return [d.after_seconds for d in decisions if isinstance(d, TryAgain)]
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -23,16 +24,50 @@ OPTIONS: dict[str, Any] = {"epochs": 3, "batch_size": 16, "learning_rate": 3e-3}
 EVERY_5: dict[str, Any] = {"every_steps": 5, "every_seconds": None}
 
 
+MOUNT = 'mount -t tmpfs -o size=1m tmpfs "$0"'
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """The checkpoint folder of an attempt in ``tmp_path / "work"``, with room for a few of them."""
     folder = tmp_path / "work" / "checkpoints"
-    folder.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield folder
+    folder.parent.mkdir()
+    with contextlib.ExitStack() as stack:
+        if os.geteuid() == 0:
+            stack.enter_context(mounted(folder))
+        else:
+            disk = stack.enter_context(mounted_in_a_namespace(tmp_path / "disk"))
+            folder.symlink_to(disk)
+        yield folder
+
+
+@contextlib.contextmanager
+def mounted(folder: Path) -> Iterator[None]:
+    """A small disk on ``folder``, as root may make one."""
+    folder.mkdir()
+    done = subprocess.run(["sh", "-c", MOUNT, str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no small disk may be mounted here: {done.stderr.strip()}")
+    yield
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def mounted_in_a_namespace(folder: Path) -> Iterator[Path]:
+    """The same for anybody: a process that is root in a namespace of its own mounts the disk there,
+    and the kernel shows to the user whose process it is what that one sees. Where to find it."""
+    folder.mkdir()
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    with subprocess.Popen(
+        [*command, f"{MOUNT} && echo mounted && exec cat", str(folder)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as holder:  # fmt: skip
+        assert holder.stdin is not None and holder.stdout is not None
+        said = holder.stdout.readline().strip()
+        if said != "mounted":
+            pytest.skip(f"neither root nor a user namespace to mount a small disk in: {said}")
+        yield Path(f"/proc/{holder.pid}/root{folder}")
+        holder.stdin.close()
 
 
 def test_a_full_disk_ends_the_attempt_and_leaves_the_last_good_one(
