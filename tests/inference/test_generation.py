@@ -235,7 +235,7 @@ def test_out_of_memory_goes_on_with_fewer_rows(llama, temperature):
     )
 
     def run(runner: SlotRunner) -> dict[int, Any]:
-        computation = TextGeneration(loaded, runner, spec.sampling, 1 << 30)
+        computation = TextGeneration(loaded, runner, 1 << 30)
         computation.add(prompts)
         results: dict[int, Any] = {}
         while computation.busy:
@@ -274,7 +274,7 @@ def test_caches_stay_within_the_budget(llama):
 
     runner = Watched(loaded.model, 16, loaded.slot_bytes_per_position)
     budget = 4 * widest * loaded.slot_bytes_per_position
-    computation = TextGeneration(loaded, runner, spec.sampling, budget)
+    computation = TextGeneration(loaded, runner, budget)
     computation.add(prompts)
     while computation.busy:
         computation.step()

@@ -7,9 +7,15 @@ hole, so that the active rows are always those of slots ``0 .. n-1``.
 
 from __future__ import annotations
 
-from shared.specs import Generation
-from workers.ranks.engine.generating import ENCODE_TOKENS, ActiveRow, Endings, Generating
+from workers.ranks.engine.generating import (
+    ENCODE_TOKENS,
+    ActiveRow,
+    Answer,
+    Endings,
+    Generating,
+)
 from workers.ranks.engine.models import LoadedModel
+from workers.ranks.engine.prompts import Prompt
 from workers.ranks.engine.runners import Runner
 
 
@@ -20,13 +26,9 @@ class TextGeneration(Generating):
         cache_bytes: what the rows' caches may take together. A row alone is always tried.
     """
 
-    def __init__(
-        self, loaded: LoadedModel, runner: Runner, sampling: Generation, cache_bytes: int
-    ) -> None:
-        endings = Endings(loaded, sampling.stop, sampling.max_new_tokens, continues=True)
-        super().__init__(loaded, sampling, endings, runner.slots)
+    def __init__(self, loaded: LoadedModel, runner: Runner, cache_bytes: int) -> None:
+        super().__init__(loaded, Endings(loaded, continues=True), runner.slots)
         self._runner = runner
-        self._max_new_tokens = sampling.max_new_tokens
         self._cache_bytes = cache_bytes
         self._prefill_tokens = ENCODE_TOKENS[self.device.type]
         self._active: list[ActiveRow] = []
@@ -59,8 +61,8 @@ class TextGeneration(Generating):
         self._runner.reset()
         return rows
 
-    def reach(self, row: ActiveRow) -> int:
-        return len(row.prompt.ids) + self._max_new_tokens
+    def begin(self, prompt: Prompt, answer: Answer, sample: int) -> ActiveRow:
+        return ActiveRow(prompt, prompt.generation.max_new_tokens, answer, sample)
 
     def _admit(self) -> list[ActiveRow]:
         """Take rows off the queue, in order, while slots, memory and the prefill budget last."""

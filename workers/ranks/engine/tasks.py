@@ -46,7 +46,7 @@ def choose_computation(assignment: InferAssignment, loaded: LoadedModel) -> Comp
         case "embeddings":
             return Embeddings(loaded, batch_size=rows, options=spec.embedding or Embedding())
         case "text2text" | "summarization":
-            return TextToText(loaded, spec.sampling, batch_size=rows, cache_bytes=budget)
+            return TextToText(loaded, batch_size=rows, cache_bytes=budget)
         case "text-generation":
             runner = choose_runner(loaded.model, rows, loaded.slot_bytes_per_position)
-            return TextGeneration(loaded, runner, spec.sampling, budget)
+            return TextGeneration(loaded, runner, budget)
