@@ -13,7 +13,6 @@ from shared.rows import row_error
 from shared.specs import Generation, InferSpec
 from workers.ranks.engine.inputs import Request, RowProblem
 
-
 DEFAULTS = Generation()
 
 
