@@ -217,7 +217,8 @@ def test_out_of_memory_goes_on_with_fewer_rows(t5, temperature):
     rows = prompts(loaded, [*TEXTS[:11], sentence(60)], sampling)
 
     def run(decoder: LockstepDecoder) -> dict[int, Any]:
-        computation = TextToText(loaded, batch_size=8, cache_bytes=1 << 30, decoder=decoder)
+        computation = TextToText(loaded, cache_bytes=1 << 30, decoder=decoder)
+        computation.join("", 8)
         computation.add(rows)
         return finish(computation)
 
@@ -249,15 +250,15 @@ def test_caches_stay_within_the_budget_and_steps_short(t5, monkeypatch):
 
     monkeypatch.setattr("workers.ranks.engine.text2text.ENCODE_TOKENS", {"cpu": 40})
     computation = TextToText(
-        loaded, batch_size=16,
-        cache_bytes=loaded.cache_cost.of(6, widest, 12), decoder=Watched(loaded.model, 0),
+        loaded, cache_bytes=loaded.cache_cost.of(6, widest, 12), decoder=Watched(loaded.model, 0),
     )  # fmt: skip
+    computation.join("", 16)
     computation.add(rows[:20])
-    results = [row["row"] for row in computation.step().results]
+    results = [answered.result["row"] for answered in computation.step().results]
     computation.add(rows[20:])  # rows may come at any time
     while computation.busy:
         before = len(calls)
-        results += [row["row"] for row in computation.step().results]
+        results += [answered.result["row"] for answered in computation.step().results]
         assert len(calls) - before == 1
     assert sorted(results) == list(range(len(TEXTS)))
     decoded = [size for call, size in calls if call == "decode"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,16 +12,19 @@ import torch
 
 from shared.rows import result, row_error
 from shared.specs import Generation
-from workers.ranks.engine.computation import Step
+from workers.ranks.engine.computation import Answered, Step
 from workers.ranks.engine.device import is_out_of_memory, release_unused
 from workers.ranks.engine.likelihoods import Likelihoods, adjust
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.prompts import Prompt
 from workers.ranks.engine.sampling import Draw, next_tokens
 from workers.ranks.engine.text import Detokenizer
+from workers.ranks.engine.turns import Turns
 
 ENCODE_TOKENS = {"cpu": 1024, "cuda": 16_384}
 """Padded prompt tokens computed in one pass: bounds both memory and how long a step takes."""
+LATE_SEATS = 4
+"""Rows in computation beyond the usual number, of attempts that have none there yet."""
 _DETOKENIZERS = 256
 """Sets of stop strings that are kept prepared; rows may bring any number."""
 
@@ -156,19 +159,21 @@ class Generating(ABC):
     """See :class:`workers.ranks.engine.computation.Computation`. A way of generating adds how rows are
     admitted and computed: :meth:`advance` and :meth:`drop_rows`."""
 
-    def __init__(self, loaded: LoadedModel, endings: Endings, slots: int) -> None:
-        self.waiting: deque[ActiveRow] = deque()
+    def __init__(self, loaded: LoadedModel, endings: Endings, most: int | None = None) -> None:
+        """``most``: rows that the model can compute together; None: any number."""
+        self.turns: Turns[ActiveRow] = Turns(lambda row: row.prompt.owner)
         self.device = loaded.key.device
-        self.max_rows = slots
-        self._slots = slots
+        self._most = most
+        self._memory_rows: int | None = None
+        """Rows that memory has room for, once it has run out."""
         self._endings = endings
         self._likelihoods = Likelihoods(loaded.tokenizer)
         # Kept across a step that runs out of memory after some of its rows were finished.
-        self._finished: list[dict[str, Any]] = []
+        self._finished: list[Answered] = []
 
     @abstractmethod
-    def advance(self) -> int:
-        """Compute a little; the number of tokens generated. May run out of memory."""
+    def advance(self) -> dict[str, int]:
+        """Compute a little; how many tokens were generated for each owner. May run out of memory."""
 
     @abstractmethod
     def drop_rows(self) -> list[ActiveRow]:
@@ -187,24 +192,52 @@ class Generating(ABC):
         """Tokens that the row has at the very most when it is finished."""
         return len(row.prompt.ids) + row.limit
 
-    @property
-    def busy(self) -> bool:
-        return bool(self.waiting or self.active)
+    def join(self, owner: str, rows: int) -> None:
+        self.turns.join(owner, rows if self._most is None else min(rows, self._most))
+
+    def leave(self, owner: str) -> None:
+        for row in self.active:
+            if row.prompt.owner == owner:
+                row.answer.closed = True
+        self.turns.leave(owner)
 
     @property
-    def wants_rows(self) -> bool:
-        return len(self.waiting) < self._slots
+    def max_rows(self) -> int:
+        """Rows that may be in computation together."""
+        bounds = (self.turns.largest, self._most, self._memory_rows)
+        return min(bound for bound in bounds if bound is not None)
+
+    @property
+    def busy(self) -> bool:
+        return bool(len(self.turns) or self.active)
+
+    def wants_rows(self, owner: str) -> bool:
+        return self.turns.waiting(owner) < self.max_rows
+
+    def has_room(self, rows: int) -> bool:
+        """Whether the row whose turn it is may join ``rows`` others. One that would be the only one of
+        its owner may take a seat beyond the usual number: a job of one row need not wait until some
+        row of a long one ends."""
+        row = self.turns.peek()
+        if row is None:
+            return False
+        if rows < self.max_rows:
+            return True
+        late = (
+            self._most is None and self._memory_rows is None and rows < self.max_rows + LATE_SEATS
+        )
+        return late and self.turns.inside(row.prompt.owner) == 0
 
     def add(self, prompts: Sequence[Prompt]) -> None:
         # Rows of similar length together: less padding, less masked memory in decode.
         for prompt in sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.row)):
             answer = Answer(prompt)
-            self.waiting.extend(
+            self.turns.add(
                 self.begin(prompt, answer, sample) for sample in range(prompt.generation.n)
             )
 
     def step(self) -> Step:
-        tokens = 0
+        tokens: dict[str, int] = {}
         out_of_memory = False
         try:
             with torch.inference_mode():
@@ -220,7 +253,8 @@ class Generating(ABC):
         return Step(results, tokens)
 
     def accept(self, rows: Sequence[ActiveRow], logits: torch.Tensor) -> set[int]:
-        """Choose the next token of each row; the places of the rows that are finished by it.
+        """Choose the next token of each row; the places of the rows that are finished by it, or not
+        wanted any more.
 
         Args:
             logits: [rows, vocabulary].
@@ -239,24 +273,38 @@ class Generating(ABC):
                 finished.add(place)
                 whole = row.answer.add(row.sample, output, len(row.generated))
                 if whole is not None:
-                    self._finished.append(whole)
+                    self._finished.append(Answered(row.prompt.owner, whole))
+        for place in finished:
+            self.turns.done(rows[place])
         return finished
 
     def _start_over(self) -> None:
         """Go on with half the rows."""
-        rows = [row for row in self.drop_rows() if not row.answer.closed]
+        dropped = self.drop_rows()
+        rows = [row for row in dropped if not row.answer.closed]
+        for row in dropped:
+            if row.answer.closed:
+                self.turns.done(row)
         release_unused(self.device)
         if len(rows) == 1:
             # The culprit is found: the others may share the memory as before.
-            self.max_rows = self._slots
+            self._memory_rows = None
             message = f"{self.reach(rows[0])} tokens do not fit into the device's memory"
             answer = rows[0].answer
-            self._finished.append(answer.fail("out_of_memory", message))
-            self.waiting = deque(row for row in self.waiting if row.answer is not answer)
+            self._finished.append(
+                Answered(answer.prompt.owner, answer.fail("out_of_memory", message))
+            )
+            self.turns.done(rows[0])
+            self.turns.drop(lambda row: row.answer is answer)
             return
-        self.max_rows = max(1, len(rows) // 2)
-        print(f"out of memory with {len(rows)} rows: going on with {self.max_rows}", flush=True)
-        self.waiting.extendleft(reversed(rows))
+        self._memory_rows = max(1, len(rows) // 2)
+        print(f"out of memory with {len(rows)} rows: going on with {self._memory_rows}", flush=True)
+        self.turns.give_back(rows)
+
+
+def count_by_owner(rows: Sequence[ActiveRow]) -> Counter[str]:
+    """How many of the rows are whose."""
+    return Counter(row.prompt.owner for row in rows)
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:

@@ -40,6 +40,8 @@ class Prompt:
     """For the tasks that write text."""
     own_seed: bool = False
     """See :class:`workers.ranks.engine.inputs.Request`."""
+    owner: str = ""
+    """The attempt that it belongs to."""
 
 
 class Encoder(Protocol):

@@ -18,6 +18,7 @@ from workers.ranks.engine.generating import (
     Answer,
     Endings,
     Generating,
+    count_by_owner,
     end_tokens,
 )
 from workers.ranks.engine.lockstep import CacheCost, LockstepDecoder, decoder_start
@@ -39,7 +40,6 @@ class TextToText(Generating):
         self,
         loaded: LoadedModel,
         *,
-        batch_size: int,
         cache_bytes: int,
         decoder: LockstepDecoder | None = None,
     ) -> None:
@@ -47,7 +47,7 @@ class TextToText(Generating):
         self._most_new_tokens = _target_positions(loaded)
         forced = self._config is not None and self._config.forced_eos_token_id is not None
         endings = Endings(loaded, continues=False, forced_end=forced)
-        super().__init__(loaded, endings, batch_size if loaded.batches else 1)
+        super().__init__(loaded, endings, None if loaded.batches else 1)
         self._cost = loaded.cache_cost or CacheCost(0, 0, batches=True)
         self._cache_bytes = cache_bytes
         self._encode_tokens = ENCODE_TOKENS[self.device.type]
@@ -64,16 +64,21 @@ class TextToText(Generating):
     def active(self) -> list[ActiveRow]:
         return self._rows
 
-    def advance(self) -> int:
+    def advance(self) -> dict[str, int]:
         """Read some sources of the group, or generate one token for each of its rows."""
+        if self._rows and all(row.answer.closed for row in self._rows):
+            self._rows, self._passes = [], []
+            self._decoder.reset()
         if not self._rows:
             self._begin_group()
+        if not self._rows:
+            return {}
         if self._passes:
             # Taken off only when it is done: a pass that runs out of memory starts the group over.
             self._decoder.encode([row.prompt.ids for row in self._passes[0]])
             self._passes.pop(0)
-            return 0
-        tokens = len(self._rows)
+            return {}
+        tokens = count_by_owner(self._rows)
         logits = self._decoder.decode(
             [row.generated[-1] if row.generated else self._start for row in self._rows]
         )
@@ -99,14 +104,14 @@ class TextToText(Generating):
         equally much: rules of the model look at how much that is."""
         group: list[ActiveRow] = []
         width = 0
-        while self.waiting and len(group) < self.max_rows:
-            if group and self.waiting[0].limit != group[0].limit:
+        while len(group) < self.max_rows and (row := self.turns.peek()) is not None:
+            if group and row.limit != group[0].limit:
                 break
-            width = max(width, len(self.waiting[0].prompt.ids))
-            size = self._cost.of(len(group) + 1, width, self.waiting[0].limit)
+            width = max(width, len(row.prompt.ids))
+            size = self._cost.of(len(group) + 1, width, row.limit)
             if group and size > self._cache_bytes:
                 break
-            group.append(self.waiting.popleft())
+            group.append(self.turns.take())
         plan = plan_batches(
             [len(row.prompt.ids) for row in group],
             max_rows=len(group),
