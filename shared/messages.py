@@ -197,6 +197,8 @@ class Stop(Message):
 
     type: Literal["stop"] = "stop"
     reason: str
+    attempt_id: str = ""
+    """Which of the engine's attempts; a rank has one."""
 
 
 class Preempt(Message):
@@ -242,12 +244,18 @@ class Ready(Message):
     type: Literal["ready"] = "ready"
     seconds: float
     warm: bool = False
+    attempt_id: str = ""
+    """Which of the engine's attempts; a rank has one."""
+    models: tuple[str, ...] = ()
+    """Folders of all models that the engine holds now."""
 
 
 class Progress(Message):
     """Where the work stands, for people: at most a few a second."""
 
     type: Literal["progress"] = "progress"
+    attempt_id: str = ""
+    """Which of the engine's attempts; a rank has one."""
     step: int
     total_steps: int
     epoch: float = 0.0

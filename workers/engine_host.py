@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,10 +33,12 @@ class WarmEngine:
         self._process: RankProcess | None = None
         self._used_at = 0.0
         self._warm: list[str] = []
+        self._labels: dict[str, str] = {}
+        """Of models by their folders."""
 
     @property
     def warm(self) -> list[str]:
-        """Labels of the models it holds: the one used last."""
+        """Labels of the models it holds, the one used last first."""
         return list(self._warm)
 
     @contextmanager
@@ -59,9 +61,12 @@ class WarmEngine:
             finally:
                 self._used_at = time.monotonic()
 
-    def holds(self, label: str) -> None:
-        """The engine said that this model is loaded now."""
-        self._warm = [label]
+    def holds(self, label: str, path: str, models: Sequence[str]) -> None:
+        """The engine said that it has loaded the model ``label`` from the folder ``path``, and from
+        which folders those that it holds now."""
+        self._labels[path] = label
+        self._labels = {held: self._labels[held] for held in models if held in self._labels}
+        self._warm = list(self._labels.values())
 
     def discard(self, grace: float = 0.0) -> None:
         """End the engine with its whole tree. By the one who uses it."""

@@ -46,6 +46,7 @@ from shared.specs.hyperparameters import (
     Preference,
 )
 from shared.specs.inference import (
+    OF_A_ROW,
     Embedding,
     Generation,
     InferSpec,
@@ -65,6 +66,7 @@ __all__ = [
     "MODEL",
     "MODELS",
     "MODEL_NAME",
+    "OF_A_ROW",
     "OPTIMIZER_OPTIONS",
     "PACKED_LENGTH",
     "PLAIN_TEXT_TASKS",

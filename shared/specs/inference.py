@@ -10,14 +10,34 @@ from shared.specs.common import GENERATIVE, MODEL, MODELS, JobFields, Precision,
 
 
 class Generation(Strict):
-    """Sampling options; ``temperature`` 0 is greedy."""
+    """Sampling options; ``temperature`` 0 is greedy. A row may have options of its own: see
+    :data:`OF_A_ROW`."""
 
     max_new_tokens: int = Field(128, ge=1, le=1_000_000)
+    min_new_tokens: int = Field(0, ge=0, le=1_000_000, description="No end before so many.")
     temperature: float = Field(0.0, ge=0, le=10)
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(None, ge=1)
+    repetition_penalty: float = Field(
+        1.0,
+        gt=0,
+        le=10,
+        description="Above 1 it makes tokens less likely that the text or its prompt has already.",
+    )
     seed: int = Field(0, ge=0, lt=2**63)
+    n: int = Field(1, ge=1, le=128, description="Texts for each row.")
     stop: tuple[str, ...] = Field((), max_length=16, description="Text that ends a generation.")
+    stop_tokens: tuple[int, ...] = Field(
+        (),
+        max_length=64,
+        description="Ids of tokens that end a generation, beside the model's own.",
+    )
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=20,
+        description="The log-probability of each token, and of so many that were likelier or next.",
+    )
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -26,9 +46,26 @@ class Generation(Strict):
                 "top_p and top_k choose among samples and temperature 0 is greedy: "
                 "set a temperature above 0 or drop them"
             )
+        if self.temperature == 0 and self.n > 1:
+            raise ValueError(
+                f"temperature 0 is greedy: all n = {self.n} texts would be the same; "
+                "set a temperature above 0"
+            )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens ({self.min_new_tokens}) is over max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
         if any(not text for text in self.stop):
             raise ValueError("an empty stop string would end every generation at once")
+        if any(token < 0 for token in self.stop_tokens):
+            raise ValueError("stop_tokens are ids of tokens: 0 and above")
         return self
+
+
+OF_A_ROW = "generation"
+"""The column in which a row says how its own text is generated: an object with options of ``Generation``,
+each in place of the job's. A row with a ``seed`` of its own gets the same text in any file."""
 
 
 class Embedding(Strict):

@@ -234,6 +234,7 @@ class EngineProcess:
 
     @property
     def attempt_id(self) -> str:
+        """Of the attempt that was opened last."""
         return f"att_{self.attempts}"
 
     def receive(self) -> Report:
@@ -243,6 +244,11 @@ class EngineProcess:
 
     def assign(self, model: Path, input_path: Path, **fields: Any) -> Report:
         """Open an attempt; the engine's first answer."""
+        self.assign_only(model, input_path, **fields)
+        return self.receive()
+
+    def assign_only(self, model: Path, input_path: Path, **fields: Any) -> None:
+        """Open an attempt, and wait for nothing."""
         self.attempts += 1
         device = fields.pop("device", {})
         fields = {"task": "text-generation", **fields}
@@ -252,21 +258,22 @@ class EngineProcess:
                 attempt_id=self.attempt_id,
                 attempt=1,
                 token=1,
-                device=DeviceHandle(id="cpu0", kind="cpu", memory_bytes=2 << 30, **device),
+                device=DeviceHandle(
+                    **{"id": "cpu0", "kind": "cpu", "memory_bytes": 2 << 30, **device}
+                ),
                 spec=InferSpec(model=str(model), input=str(input_path), **fields),
                 model_path=str(model),
                 input_path=str(input_path),
             )
         )
-        return self.receive()
 
     def order(self, shards: Sequence[Shard], attempt_id: str | None = None) -> None:
         self.channel.send(
             ComputeShards(attempt_id=attempt_id or self.attempt_id, shards=tuple(shards))
         )
 
-    def stop(self, reason: str = "finished") -> None:
-        self.channel.send(Stop(reason=reason))
+    def stop(self, reason: str = "finished", attempt_id: str | None = None) -> None:
+        self.channel.send(Stop(reason=reason, attempt_id=attempt_id or self.attempt_id))
 
     def write(self, rows: Sequence[dict[str, Any] | bytes]) -> Path:
         """Rows as a JSONL file; bytes are lines as they are."""

@@ -99,11 +99,12 @@ def test_out_of_memory_halves_the_batch(bert, monkeypatch):
         return forward(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(loaded.model, "forward", scarce)
-    computation = Classification(loaded, batch_size=8, top_k=1)
+    computation = Classification(loaded, top_k=1)
+    computation.join("", 8)
     computation.add(prompts)
     results = []
     while computation.busy:
-        results += computation.step().results
+        results += [answered.result for answered in computation.step().results]
     assert sorted(r["row"] for r in results) == list(range(8))
     errors = {r["row"]: r["error"]["code"] for r in results if r["error"]}
     assert errors == {3: "out_of_memory"}

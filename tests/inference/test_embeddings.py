@@ -183,7 +183,8 @@ def test_numbers_that_are_not_finite_are_an_error_of_the_row(encoder):
     loaded, _ = ModelCache().get("embeddings", str(encoder), torch.float32, torch.device("cpu"))
     with torch.no_grad():
         loaded.model.embeddings.word_embeddings.weight[9] = float("nan")
-    computation = Embeddings(loaded, batch_size=4, options=Embedding())
+    computation = Embeddings(loaded, options=Embedding())
+    computation.join("", 4)
     computation.add([Prompt(0, None, (5, 6)), Prompt(1, "b", (5, 9))])
     results = finish(computation)
     assert results[0]["error"] is None

@@ -44,14 +44,33 @@ def test_the_second_job_finds_the_model_warm(engine, llama, gpt2):
     assert first.ready.warm is False and first.ready.seconds > 0
     assert first.done.summary["load_seconds"] > 0
     second = engine.run(llama, [ROW], generation=SHORT)
-    assert second.ready == Ready(seconds=0.0, warm=True)
+    assert second.ready.seconds == 0 and second.ready.warm is True
     assert second.done.summary["load_seconds"] == 0 and second.done.summary["warm"] is True
     assert second.texts == first.texts
-    # Another precision is another model; so is the one that was replaced.
+    # Another precision is another model. All of them stay warm as long as there is room.
     assert engine.run(llama, [ROW], generation=SHORT, precision="bf16").ready.warm is False
-    assert engine.run(gpt2, [ROW], generation=SHORT).ready.warm is False
-    assert engine.run(llama, [ROW], generation=SHORT).ready.warm is False
-    assert "model gpt2 is unloaded" in engine.log.read_text()
+    for model in (gpt2, llama):
+        assert engine.run(model, [ROW], generation=SHORT).ready.warm is True
+    assert first.ready.models[:2] == (str(llama), str(gpt2))
+
+
+def test_the_model_that_was_not_used_for_longest_makes_room(tmp_path, models_dir):
+    engine = EngineProcess(tmp_path)
+    models = [make_llama(models_dir / f"of-three-{i}", seed=i) for i in range(3)]
+    size = (models[0] / "model.safetensors").stat().st_size
+    room = {"device": {"memory_bytes": 5 * size}}  # of which half is for weights
+
+    def held(model: Path) -> tuple[bool, list[str]]:
+        ready = engine.run(model, [ROW], generation=SHORT, **room).ready
+        return ready.warm, [Path(path).name[-1] for path in ready.models]
+
+    assert held(models[0]) == (False, ["0"])
+    assert held(models[1]) == (False, ["1", "0"])
+    assert held(models[0]) == (True, ["0", "1"])
+    assert held(models[2]) == (False, ["2", "0"])
+    assert held(models[1]) == (False, ["1", "2"])
+    assert "model of-three-1 is unloaded" in engine.log.read_text()
+    assert engine.close() == 0
 
 
 def test_a_folder_that_changed_is_loaded_again(engine, models_dir):
@@ -147,22 +166,6 @@ def test_orders_of_another_attempt_are_ignored(engine, llama):
     engine.order(shards[1:])
     outcome = engine.collect(Outcome(), 1)
     assert list(outcome.shards) == [1]
-
-
-def test_a_new_assignment_ends_the_old_attempt(engine, models_dir):
-    model = endless(models_dir)
-    path = engine.write([ROW] * 50)
-    assert isinstance(engine.assign(model, path, generation=ENDLESS), Ready)
-    old = engine.attempt_id
-    engine.order(list(cut_into_shards(path, 50)))
-    report = engine.assign(model, path, generation=SHORT)
-    while isinstance(report, Progress):
-        report = engine.receive()
-    assert isinstance(report, Done)
-    assert report.attempt_id == old and report.summary["stopped"] is True
-    assert engine.receive() == Ready(seconds=0.0, warm=True)
-    engine.order(list(cut_into_shards(path, 50)))
-    assert len(engine.collect(Outcome(), 1).results) == 50
 
 
 @pytest.mark.parametrize("change", ["shorter", "gone"])

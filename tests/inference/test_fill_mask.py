@@ -168,7 +168,8 @@ def test_only_the_masks_get_logits_and_memory_is_shared(bert_mlm, monkeypatch):
         return output
 
     monkeypatch.setattr(type(loaded.model), "forward", watched)
-    computation = MaskFilling(loaded, batch_size=8, top_k=2)
+    computation = MaskFilling(loaded, top_k=2)
+    computation.join("", 8)
     computation.add(prompts)
     results = finish(computation)
     assert len(results) == len(TEXTS) and not any(r["error"] for r in results.values())

@@ -235,18 +235,19 @@ def test_out_of_memory_goes_on_with_fewer_rows(llama, temperature):
     )
 
     def run(runner: SlotRunner) -> dict[int, Any]:
-        computation = TextGeneration(loaded, runner, spec.sampling, 1 << 30)
+        computation = TextGeneration(loaded, runner, 1 << 30)
+        computation.join("", 8)
         computation.add(prompts)
         results: dict[int, Any] = {}
         while computation.busy:
-            for row in computation.step().results:
+            for row in (answered.result for answered in computation.step().results):
                 assert row["row"] not in results
                 results[row["row"]] = row
         return results
 
-    scarce = ScarceMemory(loaded.model, 8)
+    scarce = ScarceMemory(loaded.model)
     scarce.positions = 150
-    plenty, tight = run(SlotRunner(loaded.model, 8)), run(scarce)
+    plenty, tight = run(SlotRunner(loaded.model)), run(scarce)
     assert tight.keys() == plenty.keys() == set(range(12))
     assert tight[11]["error"]["code"] == "out_of_memory"
     assert [tight[i] for i in range(11)] == [plenty[i] for i in range(11)]
@@ -272,9 +273,10 @@ def test_caches_stay_within_the_budget(llama):
             assert len(tokens) * (max(positions) + 1) <= 4 * widest
             return super().decode(tokens, positions)
 
-    runner = Watched(loaded.model, 16, loaded.slot_bytes_per_position)
+    runner = Watched(loaded.model, loaded.slot_bytes_per_position)
     budget = 4 * widest * loaded.slot_bytes_per_position
-    computation = TextGeneration(loaded, runner, spec.sampling, budget)
+    computation = TextGeneration(loaded, runner, budget)
+    computation.join("", 16)
     computation.add(prompts)
     while computation.busy:
         computation.step()

@@ -9,7 +9,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from shared.specs import Generation
-from workers.ranks.engine.sampling import next_tokens, uniform
+from workers.ranks.engine.sampling import Draw, next_tokens, uniform
 
 
 def test_uniform_is_fixed_and_spread():
@@ -42,7 +42,8 @@ def test_frequencies_are_those_of_transformers_warpers(options):
         warped = TopPLogitsWarper(options["top_p"])(None, warped)
     expected = warped.softmax(-1)[0]
     n = 6000
-    drawn = next_tokens(logits.expand(n, 20), Generation(**options), [(i, 3) for i in range(n)])
+    sampling = Generation(**options)
+    drawn = next_tokens(logits.expand(n, 20), [Draw(sampling, i, 3) for i in range(n)])
     counts = Counter(drawn)
     assert all(expected[token] > 0 for token in counts)
     for token in range(20):
@@ -53,9 +54,7 @@ def test_a_row_draws_the_same_in_any_batch():
     torch.manual_seed(1)
     logits = torch.randn(9, 50)
     sampling = Generation(temperature=1.0, top_p=0.95, seed=4)
-    keys = [(100 + i, i) for i in range(9)]
-    together = next_tokens(logits, sampling, keys)
+    keys = [Draw(sampling, 100 + i, i) for i in range(9)]
+    together = next_tokens(logits, keys)
     order = [4, 0, 8, 2]
-    assert next_tokens(logits[order], sampling, [keys[i] for i in order]) == [
-        together[i] for i in order
-    ]
+    assert next_tokens(logits[order], [keys[i] for i in order]) == [together[i] for i in order]

@@ -77,8 +77,8 @@ def load(path: Path) -> LoadedModel:
     return ModelCache().get("text2text", str(path), torch.float32, torch.device("cpu"))[0]
 
 
-def prompts(loaded: LoadedModel, texts: Sequence[str]) -> list[Prompt]:
-    spec = InferSpec(model="m", task="text2text", input="x")
+def prompts(loaded: LoadedModel, texts: Sequence[str], generation: Generation) -> list[Prompt]:
+    spec = InferSpec(model="m", task="text2text", input="x", generation=generation)
     encoder = PromptEncoder(loaded.tokenizer, spec, loaded.context)
     return encoder.encode([Request(i, None, text=text) for i, text in enumerate(texts)])[0]
 
@@ -213,13 +213,12 @@ class ScarceMemory(LockstepDecoder):
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_out_of_memory_goes_on_with_fewer_rows(t5, temperature):
     loaded = load(t5)
-    rows = prompts(loaded, [*TEXTS[:11], sentence(60)])
     sampling = Generation(max_new_tokens=9, temperature=temperature)
+    rows = prompts(loaded, [*TEXTS[:11], sentence(60)], sampling)
 
     def run(decoder: LockstepDecoder) -> dict[int, Any]:
-        computation = TextToText(
-            loaded, sampling, batch_size=8, cache_bytes=1 << 30, decoder=decoder
-        )
+        computation = TextToText(loaded, cache_bytes=1 << 30, decoder=decoder)
+        computation.join("", 8)
         computation.add(rows)
         return finish(computation)
 
@@ -236,7 +235,7 @@ def test_caches_stay_within_the_budget_and_steps_short(t5, monkeypatch):
     # 2 layers, keys and values, 4 heads of size 8, 4 bytes; and the encoder's 32 numbers.
     assert loaded.cache_cost.per_generated_token == 2 * 2 * 4 * 8 * 4
     assert loaded.cache_cost.per_source_token == 2 * 2 * 4 * 8 * 4 + 32 * 4
-    rows = prompts(loaded, TEXTS)
+    rows = prompts(loaded, TEXTS, Generation(max_new_tokens=12))
     widest = max(len(row.ids) for row in rows)
     calls: list[tuple[str, int]] = []
 
@@ -251,15 +250,15 @@ def test_caches_stay_within_the_budget_and_steps_short(t5, monkeypatch):
 
     monkeypatch.setattr("workers.ranks.engine.text2text.ENCODE_TOKENS", {"cpu": 40})
     computation = TextToText(
-        loaded, Generation(max_new_tokens=12), batch_size=16,
-        cache_bytes=loaded.cache_cost.of(6, widest, 12), decoder=Watched(loaded.model, 0),
+        loaded, cache_bytes=loaded.cache_cost.of(6, widest, 12), decoder=Watched(loaded.model, 0),
     )  # fmt: skip
+    computation.join("", 16)
     computation.add(rows[:20])
-    results = [row["row"] for row in computation.step().results]
+    results = [answered.result["row"] for answered in computation.step().results]
     computation.add(rows[20:])  # rows may come at any time
     while computation.busy:
         before = len(calls)
-        results += [row["row"] for row in computation.step().results]
+        results += [answered.result["row"] for answered in computation.step().results]
         assert len(calls) - before == 1
     assert sorted(results) == list(range(len(TEXTS)))
     decoded = [size for call, size in calls if call == "decode"]
@@ -280,3 +279,16 @@ def test_a_model_made_for_something_else_is_refused(engine, request, models_dir,
     outcome = engine.run(model, [{"text": "a"}], task="text2text")
     assert outcome.failed.code == "unsupported_model" and outcome.failed.hint
     assert model.name in outcome.failed.message
+
+
+def test_options_of_job_and_row(engine, t5):
+    rows: list[dict[str, Any]] = [{"text": text} for text in TEXTS[:6]]
+    rows[2]["generation"] = {"max_new_tokens": 2, "min_new_tokens": 2}
+    outcome = engine.run(
+        t5, rows, task="text2text", batch_size=4, generation={"max_new_tokens": 9, "logprobs": 1}
+    )
+    assert outcome.codes == [None] * 6
+    assert outcome.results[2]["usage"]["output_tokens"] == 2
+    for row in outcome.results:
+        assert len(row["output"]["logprobs"]) == row["usage"]["output_tokens"]
+        assert all(e["top"][0]["logprob"] >= e["logprob"] - 1e-6 for e in row["output"]["logprobs"])

@@ -209,7 +209,8 @@ def test_out_of_memory_halves_the_batch(tagger, monkeypatch):
         return forward(input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(loaded.model, "forward", scarce)
-    computation = Tagging(loaded, batch_size=8)
+    computation = Tagging(loaded)
+    computation.join("", 8)
     computation.add(prompts)
     results = finish(computation)
     assert {row for row, r in results.items() if r["error"]} == {3}

@@ -192,7 +192,7 @@ def finish(computation: Computation) -> dict[int, dict[str, object]]:
     """Step until nothing is left; results by row, each exactly once."""
     results: dict[int, dict[str, object]] = {}
     while computation.busy:
-        for row in computation.step().results:
+        for row in (answered.result for answered in computation.step().results):
             assert row["row"] not in results
             results[row["row"]] = row
     return results

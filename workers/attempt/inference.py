@@ -123,7 +123,8 @@ class ShardFeed:
     ) -> None:
         self._site = site
         self._holder = claimed.holder
-        self._label = Resolved.model_validate(claimed.resolved).model.label
+        model = Resolved.model_validate(claimed.resolved).model
+        self._label, self._path = model.label, model.path
         self._spec = InferSpec.model_validate(claimed.spec)
         self._engine = engine
         self._store = store
@@ -150,7 +151,7 @@ class ShardFeed:
                 update = {"step": step, "total_steps": self._totals["rows"]}
                 self._reporter.put(report.model_copy(update=update))
             case Ready():
-                self._site.engine.holds(self._label)
+                self._site.engine.holds(self._label, self._path, report.models)
                 self._reporter.put(report)
             case _:
                 self._reporter.put(report)
@@ -181,7 +182,7 @@ class ShardFeed:
             self._inbox.end_with(Stale())
         elif not found:
             self._stopped = True
-            _send(self._engine, Stop(reason="finished"))
+            _send(self._engine, Stop(reason="finished", attempt_id=self._holder.attempt_id))
         elif again := [shard.index for shard in found if shard.index in self._computed]:
             # Ordering it again would go on for ever.
             self._inbox.end_with(
@@ -220,7 +221,7 @@ def _stop(
     engine: RankProcess, attempt_id: str, reason: str, take: Callable[[Report], None]
 ) -> bool:
     """Have the engine drop the attempt; False when it does not obey in time."""
-    _send(engine, Stop(reason=reason))
+    _send(engine, Stop(reason=reason, attempt_id=attempt_id))
     deadline = time.monotonic() + STOP_PATIENCE
     while (left := deadline - time.monotonic()) > 0:
         try:

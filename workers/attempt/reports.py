@@ -65,7 +65,9 @@ class ReportWriter:
                 data: dict[str, Any] = {"seconds": report.seconds, "warm": report.warm}
                 return call(record_event, holder, "ready", f"the model {how}", data)
             case Progress():
-                return call(record_progress, holder, report.model_dump(exclude={"type"}))
+                return call(
+                    record_progress, holder, report.model_dump(exclude={"type", "attempt_id"})
+                )
             case Metric():
                 return call(record_metric, holder, report.split, report.step, report.values)
             case CheckpointWritten():

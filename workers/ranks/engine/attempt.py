@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from shared.messages import InferAssignment, Progress, Shard, ShardComputed
 from shared.rows import read_lines, row_error
 from workers.ranks.engine.device import peak_bytes, reset_peak
 from workers.ranks.engine.inputs import Request, RowProblem, read_request
-from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.pace import Pace
-from workers.ranks.engine.tasks import choose_computation, choose_encoder
+from workers.ranks.engine.sharing import Shared
+from workers.ranks.engine.tasks import choose_encoder
 
 OPENED_PER_STEP = 16
 """Shards opened between two looks at the channel, at most: they may be small, or all errors."""
@@ -37,20 +37,20 @@ class OpenShard:
 
 
 class Attempt:
-    """The rows of one attempt on their way through a loaded model.
+    """The rows of one attempt on their way through a computation, which others may share.
 
     Shards are opened in the order of the orders, each as soon as the computation wants rows: rows of
     several shards share forward passes, so that no slot idles at a shard's end.
     """
 
-    def __init__(self, assignment: InferAssignment, loaded: LoadedModel, warm: bool) -> None:
+    def __init__(self, assignment: InferAssignment, shared: Shared, warm: bool) -> None:
         self.id = assignment.attempt_id
         self.pace = Pace()
+        self.shared = shared
         self._assignment = assignment
-        self._loaded = loaded
+        self._loaded = shared.loaded
         self._warm = warm
-        self._encoder = choose_encoder(assignment, loaded)
-        self._computation = choose_computation(assignment, loaded)
+        self._encoder = choose_encoder(assignment, shared.loaded)
         self._ordered: deque[Shard] = deque()
         self._open: dict[int, OpenShard] = {}
         self._known_rows = 0
@@ -60,7 +60,7 @@ class Attempt:
         self._input_tokens = 0
         self._output_tokens = 0
         self._busy_seconds = 0.0
-        reset_peak(loaded.key.device)
+        reset_peak(self._loaded.key.device)
 
     @property
     def busy(self) -> bool:
@@ -72,8 +72,8 @@ class Attempt:
         self._known_rows += sum(shard.rows for shard in shards)
         self._known_shards += len(shards)
 
-    def step(self) -> list[ShardComputed]:
-        """Compute a little; the shards that were completed by it.
+    def feed(self) -> list[ShardComputed]:
+        """Give the computation the rows that it wants; the shards that need none of it.
 
         Raises:
             DataError: the input file is gone, or is no longer the one that was submitted.
@@ -81,17 +81,23 @@ class Attempt:
         started = time.monotonic()
         reports: list[ShardComputed] = []
         for _ in range(OPENED_PER_STEP):
-            if self._ordered and self._computation.wants_rows:
-                reports += self._open_shard(self._ordered.popleft())
-        if self._computation.busy:
-            step = self._computation.step()
-            self.pace.count(0, step.tokens)
-            reports += self._record(step.results)
+            if not self._ordered or not self.shared.computation.wants_rows(self.id):
+                break
+            reports += self._open_shard(self._ordered.popleft())
         self._busy_seconds += time.monotonic() - started
         return reports
 
+    def take(
+        self, results: list[dict[str, Any]], tokens: int, seconds: float
+    ) -> list[ShardComputed]:
+        """What a step of the computation brought for this attempt, with its share of the time; the
+        shards that were completed by it."""
+        self.pace.count(0, tokens)
+        self._busy_seconds += seconds
+        return self._record(results)
+
     def progress(self) -> Progress:
-        return self.pace.report(self._known_rows)
+        return self.pace.report(self.id, self._known_rows)
 
     def summary(self, stopped: bool) -> dict[str, Any]:
         """What the attempt amounted to, for ``Done``."""
@@ -130,7 +136,7 @@ class Attempt:
             except RowProblem as problem:
                 errors.append(row_error(row, problem.code, problem.message, id=problem.id))
         prompts, refused = self._encoder.encode(requests)
-        self._computation.add(prompts)
+        self.shared.computation.add([replace(prompt, owner=self.id) for prompt in prompts])
         return self._record(errors + refused)
 
     def _record(self, results: list[dict[str, Any]]) -> list[ShardComputed]:

@@ -12,8 +12,8 @@ from workers.ranks.engine.passes import Batch, SortedPasses
 class Classification(SortedPasses):
     """The ``top_k`` best labels of a text."""
 
-    def __init__(self, loaded: LoadedModel, *, batch_size: int, top_k: int) -> None:
-        super().__init__(loaded, batch_size=batch_size)
+    def __init__(self, loaded: LoadedModel, *, top_k: int) -> None:
+        super().__init__(loaded)
         self._labels = label_names(loaded)
         self._top_k = min(top_k, len(self._labels))
 

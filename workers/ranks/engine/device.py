@@ -17,6 +17,10 @@ WORKING_SHARE = 0.15
 """Share of the device's memory kept for activations and the allocator's own needs."""
 
 
+WEIGHT_SHARE = 0.5
+"""Share of the device's memory for the weights of all models kept warm; the rest is for rows."""
+
+
 class DeviceUnavailable(Exception):
     """The device of the assignment is not there."""
 
@@ -55,8 +59,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def cache_budget(device: DeviceHandle, model_bytes: int) -> int:
-    """Bytes that the rows' caches may take beside a model of ``model_bytes``."""
+    """Bytes that the rows' caches may take beside models of ``model_bytes``."""
     return max(0, int(device.memory_bytes * (1 - WORKING_SHARE)) - model_bytes)
+
+
+def weight_budget(device: DeviceHandle) -> int:
+    """Bytes that models kept warm may take together. A larger one is tried all the same, alone."""
+    return int(device.memory_bytes * WEIGHT_SHARE)
 
 
 def reset_peak(device: torch.device) -> None:

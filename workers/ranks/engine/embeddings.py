@@ -28,8 +28,8 @@ _DECIMALS = 8
 class Embeddings(SortedPasses):
     """One vector a text. Pooled in float32 over attended tokens alone, so that padding is not seen."""
 
-    def __init__(self, loaded: LoadedModel, *, batch_size: int, options: Embedding) -> None:
-        super().__init__(loaded, batch_size=batch_size)
+    def __init__(self, loaded: LoadedModel, *, options: Embedding) -> None:
+        super().__init__(loaded)
         self._pooling = choose_pooling(Path(loaded.key.path), options)
         self._normalize = options.normalize
 

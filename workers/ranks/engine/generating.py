@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,32 +12,96 @@ import torch
 
 from shared.rows import result, row_error
 from shared.specs import Generation
-from workers.ranks.engine.computation import Step
+from workers.ranks.engine.computation import Answered, Step
 from workers.ranks.engine.device import is_out_of_memory, release_unused
+from workers.ranks.engine.likelihoods import Likelihoods, adjust
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.prompts import Prompt
-from workers.ranks.engine.sampling import next_tokens
+from workers.ranks.engine.sampling import Draw, next_tokens
 from workers.ranks.engine.text import Detokenizer
+from workers.ranks.engine.turns import Turns
 
 ENCODE_TOKENS = {"cpu": 1024, "cuda": 16_384}
 """Padded prompt tokens computed in one pass: bounds both memory and how long a step takes."""
+LATE_SEATS = 4
+"""Rows in computation beyond the usual number, of attempts that have none there yet."""
+_DETOKENIZERS = 256
+"""Sets of stop strings that are kept prepared; rows may bring any number."""
+
+
+class Answer:
+    """The texts of one row of the input: one, or as many as it asks for."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.closed = False
+        self._texts: dict[int, dict[str, Any]] = {}
+        self._tokens = 0
+
+    def add(self, sample: int, output: dict[str, Any], tokens: int) -> dict[str, Any] | None:
+        """File a text; the row's result once it has all."""
+        self._texts[sample] = output
+        self._tokens += tokens
+        n = self.prompt.generation.n
+        if len(self._texts) < n:
+            return None
+        self.closed = True
+        whole = dict(self._texts[0])
+        if n > 1:
+            whole["choices"] = [self._texts[k] for k in range(n)]
+        return result(
+            self.prompt.row,
+            id=self.prompt.id,
+            output=whole,
+            input_tokens=len(self.prompt.ids),
+            output_tokens=self._tokens,
+        )
+
+    def fail(self, code: str, message: str) -> dict[str, Any]:
+        """The row's error. Its other texts are not wanted any more."""
+        self.closed = True
+        return row_error(self.prompt.row, code, message, id=self.prompt.id)
 
 
 @dataclass(slots=True, eq=False)
 class ActiveRow:
-    """A row on its way: its prompt, and what was generated so far."""
+    """A text on its way: its prompt, and what was generated so far."""
 
     prompt: Prompt
+    limit: int
+    """Tokens that it may have."""
+    answer: Answer
+    sample: int = 0
+    """Which of the row's texts."""
+    start: tuple[int, ...] = ()
+    """What the model's own output begins with; empty where it continues the prompt."""
     generated: list[int] = field(default_factory=list)
+    logprobs: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def options(self) -> Generation:
+        return self.prompt.generation
 
     @property
     def tokens(self) -> list[int]:
         return [*self.prompt.ids, *self.generated]
 
     @property
+    def read(self) -> list[int]:
+        """What the next token follows, in one sequence."""
+        return [*self.start, *self.generated] if self.start else self.tokens
+
+    @property
     def position(self) -> int:
         """Where the newest token of a text that goes on will be written; as many are in the cache."""
         return len(self.prompt.ids) + len(self.generated) - 1
+
+    @property
+    def draw(self) -> Draw:
+        name: int | str = "own" if self.prompt.own_seed else self.prompt.row
+        if self.sample:
+            name = f"{name}.{self.sample}"
+        return Draw(self.options, name, len(self.generated))
 
 
 class Endings:
@@ -48,58 +112,68 @@ class Endings:
         forced_end: the last token that fits is an end token, whatever the model wanted.
     """
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        stop: Sequence[str],
-        max_new_tokens: int,
-        *,
-        continues: bool,
-        forced_end: bool = False,
-    ) -> None:
+    def __init__(self, loaded: LoadedModel, *, continues: bool, forced_end: bool = False) -> None:
         self._ends = end_tokens(loaded)
-        self._detokenizer = Detokenizer(loaded.tokenizer, stop)
-        self._max_new_tokens = max_new_tokens
+        self._tokenizer = loaded.tokenizer
+        self._detokenizers: dict[tuple[str, ...], Detokenizer] = {}
         self._continues = continues
         self._forced_end = forced_end
 
-    def output(self, row: ActiveRow) -> dict[str, str] | None:
+    def tokens(self, row: ActiveRow) -> frozenset[int]:
+        """Every token that ends a row's text."""
+        own = row.options.stop_tokens
+        return self._ends.union(own) if own else self._ends
+
+    def output(self, row: ActiveRow) -> dict[str, Any] | None:
         """The output of a row if its newest token finishes it. An end token counts as generated and
         is no text."""
         before = row.prompt.ids if self._continues else ()
-        full = len(row.generated) >= self._max_new_tokens
-        if row.generated[-1] in self._ends:
-            text = self._detokenizer.text(before, row.generated[:-1])
-            reason = "length" if full and self._forced_end else "stop"
-            return {"text": text, "finish_reason": reason}
-        before_stop = self._detokenizer.stopped(before, row.generated)
+        full = len(row.generated) >= row.limit
+        detokenizer = self._detokenizer(row.options.stop)
+        if row.generated[-1] in self.tokens(row):
+            text = detokenizer.text(before, row.generated[:-1])
+            return _output(row, text, "length" if full and self._forced_end else "stop")
+        before_stop = detokenizer.stopped(before, row.generated)
         if before_stop is not None:
-            return {"text": before_stop, "finish_reason": "stop"}
+            return _output(row, before_stop, "stop")
         if full:
-            text = self._detokenizer.text(before, row.generated)
-            return {"text": text, "finish_reason": "length"}
+            return _output(row, detokenizer.text(before, row.generated), "length")
         return None
+
+    def _detokenizer(self, stop: tuple[str, ...]) -> Detokenizer:
+        if stop not in self._detokenizers:
+            if len(self._detokenizers) >= _DETOKENIZERS:
+                self._detokenizers.clear()
+            self._detokenizers[stop] = Detokenizer(self._tokenizer, stop)
+        return self._detokenizers[stop]
+
+
+def _output(row: ActiveRow, text: str, reason: str) -> dict[str, Any]:
+    output: dict[str, Any] = {"text": text, "finish_reason": reason}
+    if row.options.logprobs is not None:
+        output["logprobs"] = row.logprobs
+    return output
 
 
 class Generating(ABC):
     """See :class:`workers.ranks.engine.computation.Computation`. A way of generating adds how rows are
     admitted and computed: :meth:`advance` and :meth:`drop_rows`."""
 
-    def __init__(
-        self, loaded: LoadedModel, sampling: Generation, endings: Endings, slots: int
-    ) -> None:
-        self.waiting: deque[ActiveRow] = deque()
+    def __init__(self, loaded: LoadedModel, endings: Endings, most: int | None = None) -> None:
+        """``most``: rows that the model can compute together; None: any number."""
+        self.turns: Turns[ActiveRow] = Turns(lambda row: row.prompt.owner)
         self.device = loaded.key.device
-        self.max_rows = slots
-        self._slots = slots
-        self._sampling = sampling
+        self._most = most
+        self._memory_rows: int | None = None
+        """Rows that memory has room for, once it has run out."""
         self._endings = endings
+        self._likelihoods = Likelihoods(loaded.tokenizer)
         # Kept across a step that runs out of memory after some of its rows were finished.
-        self._finished: list[dict[str, Any]] = []
+        self._finished: list[Answered] = []
 
     @abstractmethod
-    def advance(self) -> int:
-        """Compute a little; the number of tokens generated. May run out of memory."""
+    def advance(self) -> dict[str, int]:
+        """Compute a little; how many tokens were generated for each owner. May run out of memory."""
 
     @abstractmethod
     def drop_rows(self) -> list[ActiveRow]:
@@ -111,24 +185,59 @@ class Generating(ABC):
         """The rows in computation."""
 
     @abstractmethod
+    def begin(self, prompt: Prompt, answer: Answer, sample: int) -> ActiveRow:
+        """A text that has nothing yet."""
+
     def reach(self, row: ActiveRow) -> int:
         """Tokens that the row has at the very most when it is finished."""
+        return len(row.prompt.ids) + row.limit
+
+    def join(self, owner: str, rows: int) -> None:
+        self.turns.join(owner, rows if self._most is None else min(rows, self._most))
+
+    def leave(self, owner: str) -> None:
+        for row in self.active:
+            if row.prompt.owner == owner:
+                row.answer.closed = True
+        self.turns.leave(owner)
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that may be in computation together."""
+        bounds = (self.turns.largest, self._most, self._memory_rows)
+        return min(bound for bound in bounds if bound is not None)
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.active)
+        return bool(len(self.turns) or self.active)
 
-    @property
-    def wants_rows(self) -> bool:
-        return len(self.waiting) < self._slots
+    def wants_rows(self, owner: str) -> bool:
+        return self.turns.waiting(owner) < self.max_rows
+
+    def has_room(self, rows: int) -> bool:
+        """Whether the row whose turn it is may join ``rows`` others. One that would be the only one of
+        its owner may take a seat beyond the usual number: a job of one row need not wait until some
+        row of a long one ends."""
+        row = self.turns.peek()
+        if row is None:
+            return False
+        if rows < self.max_rows:
+            return True
+        late = (
+            self._most is None and self._memory_rows is None and rows < self.max_rows + LATE_SEATS
+        )
+        return late and self.turns.inside(row.prompt.owner) == 0
 
     def add(self, prompts: Sequence[Prompt]) -> None:
         # Rows of similar length together: less padding, less masked memory in decode.
-        ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.row))
-        self.waiting.extend(ActiveRow(prompt) for prompt in ordered)
+        for prompt in sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.row)):
+            answer = Answer(prompt)
+            self.turns.add(
+                self.begin(prompt, answer, sample) for sample in range(prompt.generation.n)
+            )
 
     def step(self) -> Step:
-        tokens = 0
+        tokens: dict[str, int] = {}
         out_of_memory = False
         try:
             with torch.inference_mode():
@@ -144,46 +253,58 @@ class Generating(ABC):
         return Step(results, tokens)
 
     def accept(self, rows: Sequence[ActiveRow], logits: torch.Tensor) -> set[int]:
-        """Choose the next token of each row; the places of the rows that are finished by it.
+        """Choose the next token of each row; the places of the rows that are finished by it, or not
+        wanted any more.
 
         Args:
             logits: [rows, vocabulary].
         """
-        chosen = next_tokens(
-            logits, self._sampling, [(row.prompt.row, len(row.generated)) for row in rows]
-        )
+        ends = [self._endings.tokens(row) for row in rows]
+        chosen = next_tokens(adjust(logits, rows, ends), [row.draw for row in rows])
+        told = self._likelihoods.of(logits, chosen, [row.options.logprobs for row in rows])
         finished: set[int] = set()
         for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             row.generated.append(token)
-            if (output := self._endings.output(row)) is not None:
+            if (entry := told[place]) is not None:
+                row.logprobs.append(entry)
+            if row.answer.closed:
                 finished.add(place)
-                self._finished.append(
-                    result(
-                        row.prompt.row,
-                        id=row.prompt.id,
-                        output=output,
-                        input_tokens=len(row.prompt.ids),
-                        output_tokens=len(row.generated),
-                    )
-                )
+            elif (output := self._endings.output(row)) is not None:
+                finished.add(place)
+                whole = row.answer.add(row.sample, output, len(row.generated))
+                if whole is not None:
+                    self._finished.append(Answered(row.prompt.owner, whole))
+        for place in finished:
+            self.turns.done(rows[place])
         return finished
 
     def _start_over(self) -> None:
         """Go on with half the rows."""
-        rows = self.drop_rows()
+        dropped = self.drop_rows()
+        rows = [row for row in dropped if not row.answer.closed]
+        for row in dropped:
+            if row.answer.closed:
+                self.turns.done(row)
         release_unused(self.device)
         if len(rows) == 1:
             # The culprit is found: the others may share the memory as before.
-            self.max_rows = self._slots
-            row = rows[0]
-            message = f"{self.reach(row)} tokens do not fit into the device's memory"
+            self._memory_rows = None
+            message = f"{self.reach(rows[0])} tokens do not fit into the device's memory"
+            answer = rows[0].answer
             self._finished.append(
-                row_error(row.prompt.row, "out_of_memory", message, id=row.prompt.id)
+                Answered(answer.prompt.owner, answer.fail("out_of_memory", message))
             )
+            self.turns.done(rows[0])
+            self.turns.drop(lambda row: row.answer is answer)
             return
-        self.max_rows = max(1, len(rows) // 2)
-        print(f"out of memory with {len(rows)} rows: going on with {self.max_rows}", flush=True)
-        self.waiting.extendleft(reversed(rows))
+        self._memory_rows = max(1, len(rows) // 2)
+        print(f"out of memory with {len(rows)} rows: going on with {self._memory_rows}", flush=True)
+        self.turns.give_back(rows)
+
+
+def count_by_owner(rows: Sequence[ActiveRow]) -> Counter[str]:
+    """How many of the rows are whose."""
+    return Counter(row.prompt.owner for row in rows)
 
 
 def end_tokens(loaded: LoadedModel) -> frozenset[int]:

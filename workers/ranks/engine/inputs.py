@@ -7,11 +7,14 @@ line can be wrong ends in a :class:`RowProblem` with a stable code.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from pydantic import ValidationError
+
+from shared.explain import explain
 from shared.rows import MAX_LINE_BYTES
-from shared.specs import InferSpec
+from shared.specs import GENERATIVE, OF_A_ROW, Generation, InferSpec
 
 
 class RowProblem(Exception):
@@ -33,6 +36,10 @@ class Request:
     text: str | None = None
     messages: list[dict[str, str]] | None = None
     words: tuple[str, ...] | None = None
+    generation: Generation | None = None
+    """The row's own options; None: the job's."""
+    own_seed: bool = False
+    """The seed is the row's own, and its text the same wherever the row stands."""
 
 
 def read_request(row: int, line: bytes, spec: InferSpec) -> Request:
@@ -40,17 +47,30 @@ def read_request(row: int, line: bytes, spec: InferSpec) -> Request:
 
     Raises:
         RowProblem: line_too_long, invalid_utf8, invalid_json, invalid_row, missing_column,
-            empty_text, invalid_messages or invalid_tokens.
+            empty_text, invalid_messages, invalid_tokens or invalid_generation.
     """
     fields = _parse(line)
     id = fields.get("id")
     if not _is_utf8(json.dumps(id, ensure_ascii=False)):
         raise RowProblem("invalid_utf8", "the row's id holds half of a surrogate pair")
     try:
-        return _request(row, id, fields, spec)
+        request = _request(row, id, fields, spec)
+        if spec.task in GENERATIVE and isinstance(own := fields.get(OF_A_ROW), dict):
+            request = _with_own_options(request, own, spec.sampling)
     except RowProblem as problem:
         problem.id = id
         raise
+    return request
+
+
+def _with_own_options(request: Request, own: dict[str, Any], job: Generation) -> Request:
+    try:
+        options = Generation.model_validate({**job.model_dump(exclude_unset=True), **own})
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(map(str, first["loc"])) or OF_A_ROW
+        raise RowProblem("invalid_generation", f"'{OF_A_ROW}': {explain(first, field)}") from None
+    return replace(request, generation=options, own_seed="seed" in own)
 
 
 def _parse(line: bytes) -> dict[str, Any]:

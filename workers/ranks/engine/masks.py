@@ -45,8 +45,8 @@ class MaskEncoder(PromptEncoder):
 class MaskFilling(SortedPasses):
     """The ``top_k`` likeliest tokens for each mask. Each is chosen by itself, the others masked."""
 
-    def __init__(self, loaded: LoadedModel, *, batch_size: int, top_k: int) -> None:
-        super().__init__(loaded, batch_size=batch_size)
+    def __init__(self, loaded: LoadedModel, *, top_k: int) -> None:
+        super().__init__(loaded)
         self._tokenizer = loaded.tokenizer
         self._top_k = top_k
         self._filler = Filler(loaded.tokenizer)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.errors import ModelNotFound, UnsupportedModel
@@ -54,31 +57,85 @@ class LoadedModel:
 
 
 class ModelCache:
-    """The loaded models of one device: at present one, the last used.
+    """The loaded models of one device. What was not used for longest makes room for what is wanted.
 
     ``get`` frees what has to go *before* it loads, so that two models never need room at once.
     """
 
     def __init__(self) -> None:
-        self._loaded: LoadedModel | None = None
+        self._loaded: dict[ModelKey, LoadedModel] = {}
+        """By when they were used: the last one last."""
 
     def get(
-        self, task: Task, path: str, dtype: torch.dtype, device: torch.device
+        self,
+        task: Task,
+        path: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        budget: int | None = None,
+        in_use: Collection[ModelKey] = (),
     ) -> tuple[LoadedModel, bool]:
         """The model, and whether it was warm.
+
+        Args:
+            budget: bytes that the weights of all models may take together; None: of one model.
+            in_use: models that cannot go now.
 
         Raises:
             ModelNotFound, UnsupportedModel: the folder is gone, or the model cannot do ``task``.
         """
         key = model_key(task, path, dtype, device)
-        if self._loaded is not None and self._loaded.key == key:
-            return self._loaded, True
-        if self._loaded is not None:
-            print(f"model {Path(self._loaded.key.path).name} is unloaded", flush=True)
-            self._loaded = None
-            release_unused(device)
-        self._loaded = _load(key)
-        return self._loaded, False
+        if (found := self._loaded.pop(key, None)) is not None:
+            self._loaded[key] = found
+            return found, True
+        self._make_room(key, budget, in_use)
+        self._loaded[key] = _load(key)
+        return self._loaded[key], False
+
+    @property
+    def paths(self) -> list[str]:
+        """Folders of the models, the one used last first."""
+        return list(dict.fromkeys(key.path for key in reversed(self._loaded)))
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(model.weight_bytes for model in self._loaded.values())
+
+    def _make_room(
+        self, wanted: ModelKey, budget: int | None, in_use: Collection[ModelKey]
+    ) -> None:
+        size = expected_bytes(wanted)
+        stale = [
+            key for key in self._loaded if key.path == wanted.path and key.files != wanted.files
+        ]
+        spare = [*stale, *(key for key in self._loaded if key not in stale)]
+        for key in spare:
+            fits = budget is not None and self.weight_bytes + size <= budget
+            if key in in_use or (fits and key not in stale):
+                continue
+            print(f"model {Path(key.path).name} is unloaded", flush=True)
+            del self._loaded[key]
+            release_unused(key.device)
+
+
+def expected_bytes(key: ModelKey) -> int:
+    """What the weights of a model that is not loaded yet will take, by their files' headers.
+
+    Files that cannot be read count as nothing: loading them says what is wrong.
+    """
+    numbers = 0
+    for name, _, _ in key.files:
+        if name.endswith(".safetensors"):
+            try:
+                with safe_open(Path(key.path) / name, framework="pt") as file:
+                    numbers += sum(
+                        math.prod(file.get_slice(tensor).get_shape())
+                        for tensor in file.keys()  # noqa: SIM118
+                    )
+            except (OSError, SafetensorError):
+                continue
+    return numbers * key.dtype.itemsize
 
 
 def model_key(task: Task, path: str, dtype: torch.dtype, device: torch.device) -> ModelKey:

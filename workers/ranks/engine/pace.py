@@ -45,10 +45,11 @@ class Pace:
             return None
         return max(0.0, self._reported_at + INTERVAL - time.monotonic())
 
-    def report(self, total_rows: int) -> Progress:
+    def report(self, attempt_id: str, total_rows: int) -> Progress:
         self._reported_at, self._reported = time.monotonic(), (self.rows, self.tokens)
         rows_per_second, tokens_per_second = self.rates()
         return Progress(
+            attempt_id=attempt_id,
             step=self.rows,
             total_steps=total_rows,
             examples_per_second=round(rows_per_second, 2),

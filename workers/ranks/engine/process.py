@@ -1,8 +1,8 @@
-"""The engine process of a device: keeps models warm and computes the rows of one attempt after another.
+"""The engine process of a device: keeps models warm and computes the rows of attempts.
 
-What may come when: an assignment opens an attempt; orders for shards belong to it; a stop ends it and is
-answered with ``Done``. An attempt that cannot go on is answered with ``Failed``, and the engine waits for
-the next. Orders of an attempt that is over are ignored: they crossed its end on the way.
+What may come when: an assignment opens an attempt, beside those that are open; orders for shards and a
+stop name theirs. A stop is answered with ``Done``, an attempt that cannot go on with ``Failed``; the others
+go on. Orders of an attempt that is over are ignored: they crossed its end on the way.
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import time
 import traceback
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from shared.errors import DataError, GpuyardError
 from shared.lifecycle import FailureClass
@@ -26,8 +28,14 @@ from shared.messages import (
 )
 from workers.channel import Channel, ChannelClosed, ProtocolError
 from workers.ranks.engine.attempt import Attempt, compute_dtype
-from workers.ranks.engine.device import is_device_lost, is_out_of_memory, open_device
+from workers.ranks.engine.device import (
+    is_device_lost,
+    is_out_of_memory,
+    open_device,
+    weight_budget,
+)
 from workers.ranks.engine.models import ModelCache
+from workers.ranks.engine.sharing import Computations
 
 FINISHED = "finished"
 """The reason of a stop that follows the last shard."""
@@ -49,12 +57,15 @@ def main(channel: Channel[Assignment | Order]) -> int:
 
 
 class Engine:
-    """The loop of the engine process; one attempt at a time."""
+    """The loop of the engine process."""
 
     def __init__(self, channel: Channel[Assignment | Order]) -> None:
         self._channel = channel
         self._models = ModelCache()
-        self._attempt: Attempt | None = None
+        self._computations = Computations()
+        self._attempts: dict[str, Attempt] = {}
+        self._broken = False
+        """An attempt ended in a way after which nothing in this process can be trusted."""
 
     def serve(self) -> int:
         """Answer messages and compute between them.
@@ -63,46 +74,47 @@ class Engine:
             ChannelClosed: the worker is gone.
         """
         while True:
-            attempt_id = self._attempt.id if self._attempt else ""
+            message = None
             try:
                 message = self._channel.receive(self._patience())
                 if message is not None:
-                    if isinstance(message, InferAssignment):
-                        attempt_id = message.attempt_id
                     self._handle(message)
-                elif self._attempt is not None:
-                    self._compute(self._attempt)
+                else:
+                    self._feed()
+                    self._compute()
+                    self._tell()
             except ChannelClosed:
                 raise
             except Exception as error:
-                failure = describe_failure(error, attempt_id)
-                self._attempt = None
-                print(f"failed: {failure.message}", flush=True)
-                self._channel.send(failure)
-                if failure.failure_class in (
-                    FailureClass.INFRASTRUCTURE,
-                    FailureClass.LOST_DEVICE,
-                ):
-                    return 1
+                # Nothing is known of what is broken: no attempt can go on.
+                named = getattr(message, "attempt_id", "")
+                for attempt_id in list(self._attempts) or [named]:
+                    self._fail(attempt_id, error)
+                return 1
+            if self._broken:
+                return 1
 
     def _patience(self) -> float | None:
         """How long to wait for a message: not at all while there is something to compute."""
-        if self._attempt is None:
-            return None
-        return 0.0 if self._attempt.busy else self._attempt.pace.due_in()
+        attempts = self._attempts.values()
+        if any(attempt.busy for attempt in attempts):
+            return 0.0
+        due = [seconds for attempt in attempts if (seconds := attempt.pace.due_in()) is not None]
+        return min(due, default=None)
 
     def _handle(self, message: Assignment | Order) -> None:
         match message:
             case InferAssignment():
-                if self._attempt is not None:
-                    self._finish(self._attempt, "replaced by another attempt")
-                self._begin(message)
+                try:
+                    self._begin(message)
+                except Exception as error:
+                    self._fail(message.attempt_id, error)
             case ComputeShards():
-                if self._attempt is not None and message.attempt_id == self._attempt.id:
-                    self._attempt.order(message.shards)
+                if (attempt := self._attempts.get(message.attempt_id)) is not None:
+                    attempt.order(message.shards)
             case Stop():
-                if self._attempt is not None:
-                    self._finish(self._attempt, message.reason)
+                if (attempt := self._attempts.get(message.attempt_id)) is not None:
+                    self._finish(attempt, message.reason)
             case _:
                 raise ProtocolError(f"an engine has no use for a message of type '{message.type}'")
 
@@ -110,33 +122,93 @@ class Engine:
         started = time.monotonic()
         device = open_device(assignment.device)
         dtype = compute_dtype(assignment)
-        loaded, warm = self._models.get(assignment.spec.task, assignment.model_path, dtype, device)
-        self._attempt = Attempt(assignment, loaded, warm)
+        loaded, warm = self._models.get(
+            assignment.spec.task,
+            assignment.model_path,
+            dtype,
+            device,
+            budget=weight_budget(assignment.device),
+            in_use={model.key for model in self._computations.models},
+        )
+        shared = self._computations.join(assignment, loaded)
+        self._attempts[assignment.attempt_id] = Attempt(assignment, shared, warm)
         seconds = time.monotonic() - started
         name, precision = Path(assignment.model_path).name, str(dtype).removeprefix("torch.")
         how = "is warm" if warm else f"loaded in {seconds:.1f} s"
         print(f"model {name} ({precision}, {assignment.device.id}) {how}", flush=True)
         if not loaded.batches:
             print("it computes rows that share a pass otherwise: rows go one by one", flush=True)
-        self._channel.send(Ready(seconds=0.0 if warm else seconds, warm=warm))
+        self._channel.send(
+            Ready(
+                attempt_id=assignment.attempt_id,
+                seconds=0.0 if warm else seconds,
+                warm=warm,
+                models=tuple(self._models.paths),
+            )
+        )
 
-    def _compute(self, attempt: Attempt) -> None:
-        if attempt.busy:
-            for shard in attempt.step():
+    def _feed(self) -> None:
+        """Give the computations the rows they want."""
+        for attempt in list(self._attempts.values()):
+            try:
+                for shard in attempt.feed():
+                    self._channel.send(shard)
+            except ChannelClosed:
+                raise
+            except Exception as error:
+                self._fail(attempt.id, error)
+
+    def _compute(self) -> None:
+        """One step of the computation whose turn it is."""
+        shared = self._computations.next()
+        if shared is None:
+            return
+        try:
+            step, seconds = shared.step()
+        except Exception as error:
+            for owner in list(shared.owners):
+                self._fail(owner, error)
+            return
+        results: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for answered in step.results:
+            results[answered.owner].append(answered.result)
+        whole = sum(step.tokens.values())
+        for owner in results.keys() | step.tokens.keys():
+            if (attempt := self._attempts.get(owner)) is None:
+                continue
+            tokens = step.tokens.get(owner, 0)
+            share = seconds * tokens / whole if whole else seconds / len(results)
+            for shard in attempt.take(results[owner], tokens, share):
                 self._channel.send(shard)
-        if attempt.pace.due_in() == 0.0:
-            self._channel.send(attempt.progress())
+
+    def _tell(self) -> None:
+        for attempt in self._attempts.values():
+            if attempt.pace.due_in() == 0.0:
+                self._channel.send(attempt.progress())
 
     def _finish(self, attempt: Attempt, reason: str) -> None:
         stopped = attempt.busy or reason != FINISHED
         summary = attempt.summary(stopped)
-        self._attempt = None
+        self._close(attempt)
         print(
             f"{'stopped: ' + reason if stopped else 'finished'}; {summary['rows']} rows, "
             f"{summary['errors']} with errors, in {summary['compute_seconds']} s",
             flush=True,
         )
         self._channel.send(Done(attempt_id=attempt.id, summary=summary))
+
+    def _fail(self, attempt_id: str, error: Exception) -> None:
+        failure = describe_failure(error, attempt_id)
+        if (attempt := self._attempts.get(attempt_id)) is not None:
+            self._close(attempt)
+        print(f"failed: {failure.message}", flush=True)
+        self._channel.send(failure)
+        if failure.failure_class in (FailureClass.INFRASTRUCTURE, FailureClass.LOST_DEVICE):
+            self._broken = True
+
+    def _close(self, attempt: Attempt) -> None:
+        del self._attempts[attempt.id]
+        self._computations.leave(attempt.shared, attempt.id)
 
 
 def describe_failure(error: Exception, attempt_id: str) -> Failed:

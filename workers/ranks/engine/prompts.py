@@ -10,8 +10,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from shared.rows import row_error
-from shared.specs import InferSpec
+from shared.specs import Generation, InferSpec
 from workers.ranks.engine.inputs import Request, RowProblem
+
+DEFAULTS = Generation()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,12 @@ class Prompt:
     ids: tuple[int, ...]
     source: str | tuple[str, ...] = ""
     words: tuple[Word, ...] = ()
+    generation: Generation = DEFAULTS
+    """For the tasks that write text."""
+    own_seed: bool = False
+    """See :class:`workers.ranks.engine.inputs.Request`."""
+    owner: str = ""
+    """The attempt that it belongs to."""
 
 
 class Encoder(Protocol):
@@ -92,10 +100,11 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: InferSpec, context: int) -> None:
         self._tokenizer = tokenizer
+        self._spec = spec
+        self._of_the_job = spec.sampling
+        self._context = context
         self._continues = spec.task == "text-generation"
-        self._limit = InputLimit(
-            spec, context, spec.sampling.max_new_tokens if self._continues else 0
-        )
+        self._limits: dict[int, InputLimit] = {}
 
     def encode(self, requests: Sequence[Request]) -> tuple[list[Prompt], list[dict[str, Any]]]:
         """See :class:`Encoder`."""
@@ -116,7 +125,7 @@ class PromptEncoder:
             encoded = self._tokenise([text for _, text in group], add_special_tokens)
             for (request, text), ids in zip(group, encoded, strict=True):
                 try:
-                    prompts.append(self._prompt(request, text, self._fit(text, ids)))
+                    prompts.append(self._prompt(request, text, self._fit(request, text, ids)))
                 except RowProblem as problem:
                     errors.append(
                         row_error(request.row, problem.code, problem.message, id=request.id)
@@ -128,7 +137,13 @@ class PromptEncoder:
         return text
 
     def _prompt(self, request: Request, text: str, ids: list[int]) -> Prompt:  # noqa: ARG002
-        return Prompt(request.row, request.id, tuple(ids))
+        generation = self._options(request)
+        return Prompt(
+            request.row, request.id, tuple(ids), generation=generation, own_seed=request.own_seed
+        )
+
+    def _options(self, request: Request) -> Generation:
+        return request.generation or self._of_the_job
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         if not self._tokenizer.chat_template:
@@ -159,12 +174,18 @@ class PromptEncoder:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    def _fit(self, text: str, ids: list[int]) -> list[int]:
+    def _limit(self, request: Request) -> InputLimit:
+        reserved = self._options(request).max_new_tokens if self._continues else 0
+        if reserved not in self._limits:
+            self._limits[reserved] = InputLimit(self._spec, self._context, reserved)
+        return self._limits[reserved]
+
+    def _fit(self, request: Request, text: str, ids: list[int]) -> list[int]:
         if not ids:
             raise RowProblem("empty_text", "the text has no tokens for this model")
-        if not self._limit.must_cut(len(ids)):
+        if not self._limit(request).must_cut(len(ids)):
             return ids
-        limit = self._limit.tokens
+        limit = self._limit(request).tokens
         if self._continues:
             # What comes last is what is continued. For messages that cuts the oldest ones.
             return ids[-limit:]

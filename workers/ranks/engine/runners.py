@@ -16,17 +16,25 @@ from transformers import PreTrainedModel
 from workers.ranks.engine.head import only_at
 from workers.ranks.engine.slots import SlotCache
 
+_FIRST_SLOTS = 4
+
 
 class Runner(Protocol):
     """Forward passes over rows kept in slots ``0 .. n-1``."""
 
-    slots: int
-    """How many rows it can hold."""
     bytes_per_position: int
     """Memory of one position of one row; 0 where it isn't known."""
 
-    def reserve(self, length: int) -> None:
-        """Make room for rows of ``length`` tokens; may run out of memory."""
+    @property
+    def most(self) -> int | None:
+        """How many rows it can hold; None: as many as memory has room for."""
+
+    @property
+    def slots(self) -> int:
+        """How many rows it has room for now."""
+
+    def reserve(self, length: int, slots: int) -> None:
+        """Make room for so many rows of ``length`` tokens; may run out of memory."""
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Compute whole prompts into the slots from ``first`` on; last logits [rows, vocabulary]."""
@@ -44,14 +52,19 @@ class Runner(Protocol):
 class SlotRunner:
     """Passes over a :class:`SlotCache` with explicit masks and positions."""
 
-    def __init__(self, model: PreTrainedModel, slots: int, bytes_per_position: int = 0) -> None:
-        self.slots = slots
+    most = None
+
+    def __init__(self, model: PreTrainedModel, bytes_per_position: int = 0) -> None:
         self.bytes_per_position = bytes_per_position
         self._model = model
-        self._cache = SlotCache(slots)
+        self._cache = SlotCache(_FIRST_SLOTS)
 
-    def reserve(self, length: int) -> None:
-        self._cache.reserve(length)
+    @property
+    def slots(self) -> int:
+        return self._cache.slots
+
+    def reserve(self, length: int, slots: int) -> None:
+        self._cache.reserve(length, slots)
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
         width = max(map(len, prompts))
@@ -87,7 +100,7 @@ class SlotRunner:
         self._cache.move(source, target, length)
 
     def reset(self) -> None:
-        self._cache = SlotCache(self.slots)
+        self._cache = SlotCache(_FIRST_SLOTS)
 
     @property
     def measured_bytes_per_position(self) -> int:
@@ -114,14 +127,14 @@ class SlotRunner:
 class SingleRunner:
     """One row at a time with the model's own cache: slow, and right for every causal model."""
 
-    slots = 1
+    most = slots = 1
     bytes_per_position = 0
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._past: Any = None
 
-    def reserve(self, length: int) -> None:
+    def reserve(self, length: int, slots: int) -> None:
         """Nothing to do: the model's own cache grows by itself."""
 
     def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:  # noqa: ARG002
@@ -160,7 +173,7 @@ def measure_slots(model: PreTrainedModel) -> int | None:
         return None
     vocabulary = model.config.get_text_config().vocab_size
     rows = [[(7 * i + 3 + k) % vocabulary for i in range(n)] for k, n in enumerate((6, 4))]
-    runner = SlotRunner(model, slots=2)
+    runner = SlotRunner(model)
     try:
         prefilled = runner.prefill(0, [row[:-1] for row in rows])
         decoded = runner.decode([row[-1] for row in rows], [len(row) - 1 for row in rows])
@@ -178,11 +191,11 @@ def measure_slots(model: PreTrainedModel) -> int | None:
     return runner.measured_bytes_per_position
 
 
-def choose_runner(model: PreTrainedModel, slots: int, bytes_per_position: int | None) -> Runner:
+def choose_runner(model: PreTrainedModel, bytes_per_position: int | None) -> Runner:
     """The fastest runner that the model can do; ``bytes_per_position`` is :func:`measure_slots`'."""
     if bytes_per_position is None:
         return SingleRunner(model)
-    return SlotRunner(model, slots, bytes_per_position)
+    return SlotRunner(model, bytes_per_position)
 
 
 def _plain_logits(model: PreTrainedModel, row: Sequence[int]) -> torch.Tensor:

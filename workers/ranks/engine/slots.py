@@ -39,19 +39,21 @@ class SlotCache(DynamicCache):
         """Memory that one position of one row takes, over all layers; 0 before the first pass."""
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (*self._keys, *self._values))
 
-    def reserve(self, length: int) -> None:
-        """Make room for rows of ``length`` positions. What the slots hold is kept.
+    def reserve(self, length: int, slots: int = 0) -> None:
+        """Make room for rows of ``length`` positions, and for ``slots`` of them. What the slots hold is
+        kept.
 
         Raises:
             torch.OutOfMemoryError, RuntimeError: there is no memory for it.
         """
-        if length <= self.capacity:
+        if length <= self.capacity and slots <= self.slots:
             return
-        self.capacity = -(-length // CAPACITY_STEP) * CAPACITY_STEP
+        self.capacity = max(self.capacity, -(-length // CAPACITY_STEP) * CAPACITY_STEP)
+        self.slots = max(self.slots, slots)
         for tensors in (self._keys, self._values):
             for layer, old in enumerate(tensors):
                 new = self._zeros(old)
-                new[:, :, : old.shape[2]] = old
+                new[: old.shape[0], :, : old.shape[2]] = old
                 tensors[layer] = new
 
     def begin_prefill(self, first: int) -> None:

@@ -15,8 +15,8 @@ from workers.ranks.engine.prompts import Prompt
 class Tagging(SortedPasses):
     """The first token of a word decides its tag, as in training."""
 
-    def __init__(self, loaded: LoadedModel, *, batch_size: int) -> None:
-        super().__init__(loaded, batch_size=batch_size)
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__(loaded)
         self._labels = label_names(loaded)
         self._prefixed = has_prefixes(self._labels)
 

@@ -34,19 +34,19 @@ def choose_computation(assignment: InferAssignment, loaded: LoadedModel) -> Comp
     Raises:
         UnsupportedModel: the model cannot do what the spec asks of it.
     """
-    spec, rows = assignment.spec, assignment.spec.batch_size
+    spec = assignment.spec
     budget = cache_budget(assignment.device, loaded.weight_bytes)
     match spec.task:
         case "text-classification":
-            return Classification(loaded, batch_size=rows, top_k=spec.top_k_labels)
+            return Classification(loaded, top_k=spec.top_k_labels)
         case "token-classification":
-            return Tagging(loaded, batch_size=rows)
+            return Tagging(loaded)
         case "fill-mask":
-            return MaskFilling(loaded, batch_size=rows, top_k=spec.top_k_labels)
+            return MaskFilling(loaded, top_k=spec.top_k_labels)
         case "embeddings":
-            return Embeddings(loaded, batch_size=rows, options=spec.embedding or Embedding())
+            return Embeddings(loaded, options=spec.embedding or Embedding())
         case "text2text" | "summarization":
-            return TextToText(loaded, spec.sampling, batch_size=rows, cache_bytes=budget)
+            return TextToText(loaded, cache_bytes=budget)
         case "text-generation":
-            runner = choose_runner(loaded.model, rows, loaded.slot_bytes_per_position)
-            return TextGeneration(loaded, runner, spec.sampling, budget)
+            runner = choose_runner(loaded.model, loaded.slot_bytes_per_position)
+            return TextGeneration(loaded, runner, budget)

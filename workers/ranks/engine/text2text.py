@@ -11,18 +11,20 @@ from collections.abc import Sequence
 import torch
 from transformers import LogitsProcessorList
 
-from shared.specs import Generation
 from workers.ranks.engine.batching import plan_batches
 from workers.ranks.engine.generating import (
     ENCODE_TOKENS,
     ActiveRow,
+    Answer,
     Endings,
     Generating,
+    count_by_owner,
     end_tokens,
 )
 from workers.ranks.engine.lockstep import CacheCost, LockstepDecoder, decoder_start
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.padding import pad_rows
+from workers.ranks.engine.prompts import Prompt
 from workers.ranks.engine.rules import output_rules
 
 
@@ -37,19 +39,15 @@ class TextToText(Generating):
     def __init__(
         self,
         loaded: LoadedModel,
-        sampling: Generation,
         *,
-        batch_size: int,
         cache_bytes: int,
         decoder: LockstepDecoder | None = None,
     ) -> None:
         self._config = loaded.model.generation_config
-        self._max_new_tokens = min(sampling.max_new_tokens, _target_positions(loaded))
+        self._most_new_tokens = _target_positions(loaded)
         forced = self._config is not None and self._config.forced_eos_token_id is not None
-        endings = Endings(
-            loaded, sampling.stop, self._max_new_tokens, continues=False, forced_end=forced
-        )
-        super().__init__(loaded, sampling, endings, batch_size if loaded.batches else 1)
+        endings = Endings(loaded, continues=False, forced_end=forced)
+        super().__init__(loaded, endings, None if loaded.batches else 1)
         self._cost = loaded.cache_cost or CacheCost(0, 0, batches=True)
         self._cache_bytes = cache_bytes
         self._encode_tokens = ENCODE_TOKENS[self.device.type]
@@ -66,16 +64,21 @@ class TextToText(Generating):
     def active(self) -> list[ActiveRow]:
         return self._rows
 
-    def advance(self) -> int:
+    def advance(self) -> dict[str, int]:
         """Read some sources of the group, or generate one token for each of its rows."""
+        if self._rows and all(row.answer.closed for row in self._rows):
+            self._rows, self._passes = [], []
+            self._decoder.reset()
         if not self._rows:
             self._begin_group()
+        if not self._rows:
+            return {}
         if self._passes:
             # Taken off only when it is done: a pass that runs out of memory starts the group over.
             self._decoder.encode([row.prompt.ids for row in self._passes[0]])
             self._passes.pop(0)
-            return 0
-        tokens = len(self._rows)
+            return {}
+        tokens = count_by_owner(self._rows)
         logits = self._decoder.decode(
             [row.generated[-1] if row.generated else self._start for row in self._rows]
         )
@@ -89,21 +92,26 @@ class TextToText(Generating):
         self._decoder.reset()
         for row in rows:
             row.generated.clear()
+            row.logprobs.clear()
         return rows
 
-    def reach(self, row: ActiveRow) -> int:
-        return len(row.prompt.ids) + self._max_new_tokens
+    def begin(self, prompt: Prompt, answer: Answer, sample: int) -> ActiveRow:
+        limit = min(prompt.generation.max_new_tokens, self._most_new_tokens)
+        return ActiveRow(prompt, limit, answer, sample, start=(self._start,))
 
     def _begin_group(self) -> None:
-        """Take rows off the queue, in order, while slots and memory last."""
+        """Take rows off the queue, in order, while slots and memory last. Those of a group may write
+        equally much: rules of the model look at how much that is."""
         group: list[ActiveRow] = []
         width = 0
-        while self.waiting and len(group) < self.max_rows:
-            width = max(width, len(self.waiting[0].prompt.ids))
-            size = self._cost.of(len(group) + 1, width, self._max_new_tokens)
+        while len(group) < self.max_rows and (row := self.turns.peek()) is not None:
+            if group and row.limit != group[0].limit:
+                break
+            width = max(width, len(row.prompt.ids))
+            size = self._cost.of(len(group) + 1, width, row.limit)
             if group and size > self._cache_bytes:
                 break
-            group.append(self.waiting.popleft())
+            group.append(self.turns.take())
         plan = plan_batches(
             [len(row.prompt.ids) for row in group],
             max_rows=len(group),
@@ -128,7 +136,7 @@ class TextToText(Generating):
         """Anew for other rows: some rules look at the sources."""
         sources, _ = pad_rows([row.prompt.ids for row in self._rows], self._pad, self.device)
         self._rules = output_rules(
-            self._config, ends=self._ends, max_new_tokens=self._max_new_tokens, sources=sources
+            self._config, ends=self._ends, max_new_tokens=self._rows[0].limit, sources=sources
         )
 
     def _ruled(self, logits: torch.Tensor) -> torch.Tensor:
