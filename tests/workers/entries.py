@@ -226,7 +226,8 @@ def engine(channel: Rank) -> int:
             job, done = message, 0
             orders.clear()
             print(f"engine {os.getpid()} begins {job.job_id}")
-            channel.send(Ready(seconds=0.0, warm=True))
+            ready = {"attempt_id": job.attempt_id, "models": (job.model_path,)}
+            channel.send(Ready(seconds=0.0, warm=True, **ready))
             if job.spec.name == "stuck":
                 time.sleep(1000)
         elif isinstance(message, ComputeShards) and job is not None:
@@ -241,7 +242,7 @@ def engine(channel: Rank) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
             _compute(channel, job, shard)
             done += shard.rows
-            channel.send(Progress(step=done, total_steps=0))
+            channel.send(Progress(attempt_id=job.attempt_id, step=done, total_steps=0))
 
 
 def _compute(channel: Rank, job: InferAssignment, shard: Shard) -> None:

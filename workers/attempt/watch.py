@@ -95,7 +95,7 @@ class Watch:
 
     def _said(self, report: Report) -> Outcome | None:
         # An engine may still speak of the attempt before.
-        if getattr(report, "attempt_id", self._attempt_id) != self._attempt_id:
+        if getattr(report, "attempt_id", "") not in ("", self._attempt_id):
             return None
         match report:
             case Done(summary=summary):
