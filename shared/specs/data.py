@@ -16,7 +16,9 @@ class Architecture(Strict):
 
     type: Literal["bert", "gpt2", "llama", "t5", "bart"]
     hidden: int = Field(256, ge=8, le=65_536, description="Size of a token's vector.")
-    layers: int = Field(4, ge=1, le=1024, description="T5, BART: of the encoder, and of the decoder.")
+    layers: int = Field(
+        4, ge=1, le=1024, description="T5, BART: of the encoder, and of the decoder."
+    )
     heads: int = Field(4, ge=1, le=1024)
     intermediate: int | None = Field(
         None,

@@ -16,7 +16,7 @@ from tests.real.sources import BROWN, ROTTEN_TOMATOES, WORDNET
 from tests.real.texts import Row, Split, split
 from tests.real.trial import LOWER_HALF, Answer, Trial, Trials, only
 
-pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(1800)]
 
 KEPT = (0, 2)
 """Layers of MiniLM that make the student."""

@@ -10,7 +10,7 @@ from tests.real.sources import CMUDICT
 from tests.real.texts import Row, Split
 from tests.real.trial import Answer, Trial, Trials
 
-pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(1800)]
 
 ROWS, LONGEST = 6000, 7
 BERT = {"type": "bert", "hidden": 96, "layers": 2, "heads": 4, "positions": 32, "vocabulary": 128}

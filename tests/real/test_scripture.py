@@ -14,7 +14,7 @@ from tests.real.sources import KING_JAMES
 from tests.real.texts import Row, Split, shuffled
 from tests.real.trial import Answer, Trial, Trials, only, said
 
-pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(1800)]
 
 GPT2 = {
     "type": "gpt2",

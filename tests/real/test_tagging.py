@@ -15,7 +15,7 @@ from tests.real.sources import BROWN
 from tests.real.texts import Row, split
 from tests.real.trial import LOWER_HALF, Trials, only
 
-pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(1800)]
 
 
 def tag(model: str) -> dict[str, Any]:

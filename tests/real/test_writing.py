@@ -10,10 +10,10 @@ from tests.real.sources import CMUDICT, WORDNET
 from tests.real.texts import Row, Split
 from tests.real.trial import Answer, Trials, said
 
-pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(1800)]
 
 T5 = {"type": "t5", "hidden": 96, "layers": 2, "heads": 4, "positions": 32, "vocabulary": 320}
-BART = {"type": "bart", "hidden": 96, "layers": 2, "heads": 4, "positions": 48, "vocabulary": 1000}
+BART = {"type": "bart", "hidden": 96, "layers": 2, "heads": 4, "positions": 96, "vocabulary": 1000}
 TOPICS = ("animal", "artifact", "food", "person", "plant")
 
 
@@ -61,8 +61,8 @@ def test_a_definition_is_summed_up_in_the_kind_of_thing(trials: Trials) -> None:
         "summarization", "WordNet definitions, kind of thing; BART from scratch", trial,
         "rouge1", score,
     )  # fmt: skip
-    assert score.gain > 0.2
-    assert trial.metrics["rouge1"] > trial.before["rouge1"] + 0.2
+    assert score.gain > 0.3
+    assert trial.metrics["rouge1"] > trial.before["rouge1"] + 0.3
 
 
 def test_a_chat_model_learns_to_answer_in_a_word(trials: Trials, generator: str) -> None:

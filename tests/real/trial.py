@@ -18,8 +18,8 @@ from tests.real.sources import Source, SourceMissing, fetch
 from tests.real.table import Line
 from tests.real.texts import Row, Split
 
-TRAIN_TIMEOUT, BATCH_TIMEOUT = 400, 200
-"""Seconds; several times what each takes on two cores that nobody else uses."""
+TRAIN_TIMEOUT, BATCH_TIMEOUT = 1000, 500
+"""Seconds; many times what each takes on two cores that nobody else uses."""
 STILL = {"max_steps": 1, "learning_rate": 1e-12, "weight_decay": 0.0, "warmup_ratio": None}
 """One step that moves no weight: what is delivered is what training began with."""
 LOWER_HALF = ["*embeddings*", *(f"*layer.{number}.*" for number in range(3))]
@@ -131,7 +131,7 @@ class Trials:
         self._client.wait(id, timeout=BATCH_TIMEOUT)
         found = list(self._client.rows(id))
         assert [row["row"] for row in found] == list(range(count)), "each row once, in order"
-        assert all(row["error"] is None for row in found), found
+        assert [row["error"] for row in found if row["error"] is not None] == []
         return [row["output"] for row in found]
 
 

@@ -26,7 +26,10 @@ TASKS = {
 
 
 def spec(type: str, **fields: Any) -> TrainSpec:
-    data = {"train": "train.jsonl", "columns": {"target": "label"} if type in ("t5", "bart") else {}}
+    data = {
+        "train": "train.jsonl",
+        "columns": {"target": "label"} if type in ("t5", "bart") else {},
+    }
     return TrainSpec.model_validate(
         {
             "task": TASKS[type],
