@@ -83,8 +83,8 @@ def test_a_student_of_two_layers_learns_from_its_teacher(
         "… distillation", "the same; 2 layers of 6, taught by the model above", trial,
         "accuracy", score,
     )  # fmt: skip
-    assert score.gain > 0.5
-    assert accuracy(labels(trial.answers), taught) > accuracy(labels(trial.blank), taught) + 0.5
+    assert score.gain > 0.4
+    assert accuracy(labels(trial.answers), taught) > accuracy(labels(trial.blank), taught) + 0.4
 
 
 def test_reviews_of_films_that_were_never_seen(trials: Trials, encoder: str) -> None:

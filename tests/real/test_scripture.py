@@ -110,7 +110,7 @@ def test_what_was_pretrained_is_fine_tuned_to_name_the_kind_of_book(
     held = passages(chapters[CHAPTERS + 60 : CHAPTERS + 160])
     data = Split(learned[:2000], held[200:300], held[:200])
     trial = trials.run(
-        data, fine_tune(scripture, epochs=2), publish="genres",
+        data, fine_tune(scripture, epochs=3), publish="genres",
         asked=only("prompt", data.heldout), batch={"generation": {"max_new_tokens": 4}},
     )  # fmt: skip
     true = [row["completion"].strip() for row in data.heldout]
