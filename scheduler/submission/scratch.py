@@ -32,6 +32,12 @@ def shape_of(architecture: Architecture) -> ModelShape:
                 2 * attention + mlp + 3 * hidden
             )
             head, layers = 2 * hidden, 2 * layers
+        case "bart":
+            both = attention + mlp + 9 * hidden + inner
+            across = attention + 6 * hidden
+            # Each side has positions of its own, the first two of which are never used.
+            body = layers * (2 * both + across) + 2 * (positions + 2 * hidden)
+            head, layers = 4 * hidden, 2 * layers
     tensors = (("embeddings", embeddings), ("body", body), ("head", head))
     parameters = sum(elements for _, elements in tensors)
     return ModelShape(

@@ -14,9 +14,11 @@ _BYTES_AND_SPECIAL = 258
 class Architecture(Strict):
     """A model from scratch: weights from the seed, and a tokenizer trained on the training data."""
 
-    type: Literal["bert", "gpt2", "llama", "t5"]
+    type: Literal["bert", "gpt2", "llama", "t5", "bart"]
     hidden: int = Field(256, ge=8, le=65_536, description="Size of a token's vector.")
-    layers: int = Field(4, ge=1, le=1024, description="T5: of the encoder, and of the decoder.")
+    layers: int = Field(
+        4, ge=1, le=1024, description="T5, BART: of the encoder, and of the decoder."
+    )
     heads: int = Field(4, ge=1, le=1024)
     intermediate: int | None = Field(
         None,
@@ -55,6 +57,7 @@ ARCHITECTURE_TASKS: dict[str, frozenset[str]] = {
     "gpt2": frozenset({"text-generation"}),
     "llama": frozenset({"text-generation"}),
     "t5": SEQ2SEQ,
+    "bart": SEQ2SEQ,
 }
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NoReturn
+from collections.abc import Iterator
 
 import pytest
 
-from gpuyard import Client
 from gpuyard.local.demo_models import ENCODER, GENERATOR, Conversion
 from shared.errors import ConfigurationError
 from tests.e2e.stack_process import StackProcess
-from tests.real.sources import Source, SourceMissing, fetch
-from tests.real.table import Line, Results
+from tests.real.table import Line, markdown
+from tests.real.trial import Trials, lacks
 
-RESULTS = pytest.StashKey[Results]()
-
-
-def lacks(reason: str) -> NoReturn:
-    """What a trial needs is not here."""
-    pytest.skip(reason)
+NOTES = pytest.StashKey[list[Line]]()
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +26,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StackProcess]:
 
 
 @pytest.fixture(scope="session")
-def client(stack: StackProcess) -> Client:
-    return stack.client
+def trials(
+    stack: StackProcess, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Trials:
+    notes = pytestconfig.stash.setdefault(NOTES, [])
+    return Trials(stack.client, tmp_path_factory.mktemp("trials"), notes)
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +42,7 @@ def encoder(stack: StackProcess) -> str:
 
 
 @pytest.fixture(scope="session")
-def generator(stack: StackProcess) -> Iterator[str]:
+def generator(stack: StackProcess) -> str:
     """SmolLM2's name; unpacked in some 40 s."""
     conversion = Conversion(stack.data)
     try:
@@ -56,30 +52,10 @@ def generator(stack: StackProcess) -> Iterator[str]:
         lacks(f"{error}: {error.hint}")
     finally:
         conversion.end()
-    yield GENERATOR
-
-
-@pytest.fixture(scope="session")
-def need() -> Callable[[Source], None]:
-    """Skips a trial whose text cannot be had here."""
-
-    def look(source: Source) -> None:
-        try:
-            fetch(source)
-        except SourceMissing as missing:
-            lacks(str(missing))
-
-    return look
-
-
-@pytest.fixture
-def tell(pytestconfig: pytest.Config) -> Callable[[Line], None]:
-    """Adds a line to the table."""
-    return pytestconfig.stash.setdefault(RESULTS, Results()).lines.append
+    return GENERATOR
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    results = terminalreporter.config.stash.get(RESULTS, None)
-    if results is not None and results.lines:
+    if notes := terminalreporter.config.stash.get(NOTES, []):
         terminalreporter.section("what training reaches on real text")
-        terminalreporter.write_line(results.markdown())
+        terminalreporter.write_line(markdown(notes))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from tests.real.trial import Trial
+from tests.real.scores import Score
 
 HEADS = (
     *("task", "data", "rows", "seconds", "validation, before → after"),
@@ -18,33 +19,29 @@ class Line:
     data: str
     rows: int
     """To train on."""
-    trial: Trial
+    seconds: float
     judged_by: str
-    """A metric of the evaluations while training."""
-    measure: str
-    """What is measured of the batch jobs' answers, in the three figures that follow."""
-    untrained: float
-    trained: float
-    baseline: str = ""
-    """What needs no model, such as always the commonest answer."""
+    """A metric of the evaluations while training, as two figures: before it and after."""
+    before: float
+    after: float
+    score: Score
+    """Of the batch jobs' answers."""
 
     @property
     def cells(self) -> tuple[str, ...]:
-        before, after = (m[self.judged_by] for m in (self.trial.before, self.trial.metrics))
+        score, base = self.score, self.score.baseline
         return (
-            *(self.task, self.data, f"{self.rows:,}", f"{self.trial.seconds:.0f}"),
-            f"{self.judged_by.replace('_', ' ')} {_short(before)} → {_short(after)}",
-            *(self.measure, _short(self.untrained), self.baseline, f"**{_short(self.trained)}**"),
+            *(self.task, self.data, f"{self.rows:,}", f"{self.seconds:.0f}"),
+            f"{self.judged_by.replace('_', ' ')} {_short(self.before)} → {_short(self.after)}",
+            *(score.name, _short(score.untrained)),
+            f"{_short(base.value)} {base.what}" if base is not None else "",
+            f"**{_short(score.trained)}**",
         )
 
 
-@dataclass
-class Results:
-    lines: list[Line] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        rows = [HEADS, tuple("---" for _ in HEADS), *(line.cells for line in self.lines)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def markdown(lines: Sequence[Line]) -> str:
+    rows = [HEADS, tuple("---" for _ in HEADS), *(line.cells for line in lines)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _short(value: float) -> str:

@@ -1,135 +1,142 @@
-"""text-classification on real text: MiniLM under a new head, its lower half as it was."""
+"""text-classification on real text: MiniLM under a new head, its lower half as it was; and a student."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
+from torch import nn
+from transformers import AutoModel, AutoTokenizer
 
-from gpuyard import Client
+from tests.e2e.stack_process import StackProcess
 from tests.real import texts
-from tests.real.scores import accuracy, correlation, majority, micro_f1
-from tests.real.sources import BROWN, ROTTEN_TOMATOES, WORDNET, Source
-from tests.real.table import Line
+from tests.real.scores import Baseline, accuracy, correlation, majority, micro_f1
+from tests.real.sources import BROWN, ROTTEN_TOMATOES, WORDNET
 from tests.real.texts import Row, Split, split
-from tests.real.trial import LOWER_HALF, run_trial
+from tests.real.trial import LOWER_HALF, Answer, Trial, Trials, only
 
-pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(1800)]
 
-OPTIONS = {"batch_size": 32, "warmup_ratio": 0.1, "max_length": 48, "freeze": LOWER_HALF}
-
-
-def asked(rows: list[Row]) -> list[Row]:
-    return [{"text": row["text"]} for row in rows]
+KEPT = (0, 2)
+"""Layers of MiniLM that make the student."""
 
 
-def test_definitions_by_topic(
-    client: Client, encoder: str, tmp_path: Path, tell: Callable[[Line], None]
-) -> None:
+def classify(model: str, learning_rate: float, **more: Any) -> dict[str, Any]:
+    options = {"epochs": 2, "batch_size": 32, "warmup_ratio": 0.1, "max_length": 48}
+    return {
+        "task": "text-classification", "model": model,
+        "hyperparameters": {**options, "learning_rate": learning_rate, "freeze": LOWER_HALF},
+        **more,
+    }  # fmt: skip
+
+
+def labels(rows: Sequence[Row]) -> list[Any]:
+    return [row["label"] for row in rows]
+
+
+@pytest.fixture(scope="module")
+def topics() -> Split:
     whole = texts.topics()
-    data = Split(whole.train[:1000], whole.validation, whole.heldout[:300])
-    trial = run_trial(
-        client, tmp_path, data,
-        {"task": "text-classification", "model": encoder,
-         "hyperparameters": {**OPTIONS, "epochs": 2, "learning_rate": 5e-4}},
-        publish="topics", asked=asked(data.heldout),
-    )  # fmt: skip
-    true = [row["label"] for row in data.heldout]
-    said, guessed = ([row["label"] for row in rows] for rows in (trial.answers, trial.blank))
-    right, chance, most = accuracy(said, true), accuracy(guessed, true), majority(true)
-    tell(
-        Line(
-            "text-classification", "WordNet definitions, 10 topics", 1000, trial, "accuracy",
-            "accuracy", chance, right, f"{most:.2f} commonest topic",
-        )
-    )  # fmt: skip
-    assert right > max(chance, most) + 0.6
+    return Split(whole.train, whole.validation, whole.heldout[:300])
 
 
-def test_reviews_of_films_that_were_never_seen(
-    client: Client,
-    encoder: str,
-    tmp_path: Path,
-    need: Callable[[Source], None],
-    tell: Callable[[Line], None],
+@pytest.fixture(scope="module")
+def by_topic(trials: Trials, encoder: str, topics: Split) -> Trial:
+    return trials.run(
+        Split(topics.train[:1000], topics.validation, []), classify(encoder, 5e-4),
+        publish="topics", asked=only("text", topics.heldout),
+    )  # fmt: skip
+
+
+def test_definitions_by_topic(trials: Trials, topics: Split, by_topic: Trial) -> None:
+    true = labels(topics.heldout)
+    score = by_topic.score(
+        "accuracy", lambda said: accuracy(labels(said), true),
+        Baseline(majority(true), "commonest topic"),
+    )  # fmt: skip
+    trials.tell(
+        "text-classification", "WordNet definitions, 10 topics", by_topic, "accuracy", score
+    )
+    assert score.gain > 0.6
+
+
+def test_a_student_of_two_layers_learns_from_its_teacher(
+    trials: Trials, stack: StackProcess, encoder: str, topics: Split, by_topic: Trial
 ) -> None:
-    need(ROTTEN_TOMATOES)
+    """Distillation as for DistilBERT: some of the teacher's layers, taught by the whole of it."""
+    models = stack.data / "models"
+    student = AutoModel.from_pretrained(models / encoder)
+    student.encoder.layer = nn.ModuleList(student.encoder.layer[number] for number in KEPT)
+    student.config.num_hidden_layers = len(KEPT)
+    student.save_pretrained(models / "student")
+    AutoTokenizer.from_pretrained(models / encoder).save_pretrained(models / "student")
+    spec = classify("student", 5e-4, method="distillation", teacher=f"job:{by_topic.trained.id}")
+    spec["hyperparameters"]["freeze"] = ["*embeddings*"]
+    trial = trials.run(topics, spec, publish="student", asked=only("text", topics.heldout))
+    true, taught = labels(topics.heldout), labels(by_topic.answers)
+    score = trial.score(
+        "accuracy", lambda said: accuracy(labels(said), true),
+        Baseline(majority(true), f"commonest topic; {accuracy(taught, true):.2f} the teacher"),
+    )  # fmt: skip
+    trials.tell(
+        "… distillation", "the same; 2 layers of 6, taught by the model above", trial,
+        "accuracy", score,
+    )  # fmt: skip
+    assert score.gain > 0.4
+    assert accuracy(labels(trial.answers), taught) > accuracy(labels(trial.blank), taught) + 0.4
+
+
+def test_reviews_of_films_that_were_never_seen(trials: Trials, encoder: str) -> None:
+    trials.need(ROTTEN_TOMATOES)
     seen, unseen = texts.reviews()
-    data = Split(seen[:2000], unseen[:200], unseen[200:600])
-    trial = run_trial(
-        client, tmp_path, data,
-        {"task": "text-classification", "model": encoder,
-         "hyperparameters": {**OPTIONS, "epochs": 2, "learning_rate": 3e-4}},
-        publish="verdicts", asked=asked(data.heldout),
+    data = Split(seen[:1500], unseen[:200], unseen[200:600])
+    trial = trials.run(
+        data, classify(encoder, 3e-4), publish="verdicts", asked=only("text", data.heldout)
+    )
+    true = labels(data.heldout)
+    score = trial.score(
+        "accuracy", lambda said: accuracy(labels(said), true),
+        Baseline(majority(true), "commonest verdict"),
     )  # fmt: skip
-    true = [row["label"] for row in data.heldout]
-    said, guessed = ([row["label"] for row in rows] for rows in (trial.answers, trial.blank))
-    right, chance, most = accuracy(said, true), accuracy(guessed, true), majority(true)
-    tell(
-        Line(
-            "text-classification", "Rotten Tomatoes, other films", 2000, trial, "accuracy",
-            "accuracy", chance, right, f"{most:.2f} commonest verdict",
-        )
-    )  # fmt: skip
-    assert right > max(chance, most) + 0.12
+    trials.tell("text-classification", "Rotten Tomatoes, other films", trial, "accuracy", score)
+    assert score.gain > 0.12
 
 
-def test_what_a_sentence_has(
-    client: Client,
-    encoder: str,
-    tmp_path: Path,
-    need: Callable[[Source], None],
-    tell: Callable[[Line], None],
-) -> None:
+def test_what_a_sentence_has(trials: Trials, encoder: str) -> None:
     """Several labels a sentence, or none: those whose score is above one half."""
-    need(BROWN)
-    data = split(texts.traits(), 1000, 200, 200)
-    trial = run_trial(
-        client, tmp_path, data,
-        {"task": "text-classification", "problem": "multi-label", "model": encoder,
-         "hyperparameters": {**OPTIONS, "epochs": 2, "learning_rate": 5e-4}},
-        publish="traits", asked=asked(data.heldout), batch={"top_k_labels": len(texts.TRAITS)},
+    trials.need(BROWN)
+    data = split(texts.traits(), 700, 200, 200)
+    trial = trials.run(
+        data, classify(encoder, 5e-4, problem="multi-label"), publish="traits",
+        asked=only("text", data.heldout), batch={"top_k_labels": len(texts.TRAITS)},
     )  # fmt: skip
     true = [set(row["label"]) for row in data.heldout]
-    said, guessed = (
-        [{one["label"] for one in row["labels"] if one["score"] > 0.5} for row in rows]
-        for rows in (trial.answers, trial.blank)
-    )
     most = max(micro_f1([{trait}] * len(true), true) for trait in texts.TRAITS)
-    right, chance = micro_f1(said, true), micro_f1(guessed, true)
-    tell(
-        Line(
-            "… multi-label", "Brown sentences, 5 kinds of words", 1000, trial, "micro_f1",
-            "micro F1", chance, right, f"{most:.2f} commonest label",
-        )
+    score = trial.score(
+        "micro F1", lambda said: micro_f1([likely(row) for row in said], true),
+        Baseline(most, "commonest label"),
     )  # fmt: skip
-    assert right > max(chance, most) + 0.15
+    trials.tell("… multi-label", "Brown sentences, 5 kinds of words", trial, "micro_f1", score)
+    assert score.gain > 0.15
 
 
-def test_how_special_a_thing_is(
-    client: Client,
-    encoder: str,
-    tmp_path: Path,
-    need: Callable[[Source], None],
-    tell: Callable[[Line], None],
-) -> None:
+def likely(answer: Answer) -> set[str]:
+    return {one["label"] for one in answer["labels"] if one["score"] > 0.5}
+
+
+def test_how_special_a_thing_is(trials: Trials, encoder: str) -> None:
     """Regression: from a definition to how far below ``entity`` the noun stands."""
-    need(WORDNET)
+    trials.need(WORDNET)
     data = split(texts.depths(), 1500, 200, 300)
-    trial = run_trial(
-        client, tmp_path, data,
-        {"task": "text-classification", "problem": "regression", "model": encoder,
-         "hyperparameters": {**OPTIONS, "epochs": 2, "learning_rate": 5e-4}},
-        publish="depths", asked=asked(data.heldout),
+    trial = trials.run(
+        data, classify(encoder, 5e-4, problem="regression"), publish="depths",
+        asked=only("text", data.heldout),
     )  # fmt: skip
-    true = [row["label"] for row in data.heldout]
-    said, guessed = ([row["score"] for row in rows] for rows in (trial.answers, trial.blank))
-    right, chance = correlation(said, true), correlation(guessed, true)
-    tell(
-        Line(
-            "… regression", "WordNet definitions, depth of the noun", 1500, trial, "pearson",
-            "Pearson's correlation", chance, right, "0 any constant",
-        )
+    true = labels(data.heldout)
+    score = trial.score(
+        "Pearson's correlation", lambda said: correlation([row["score"] for row in said], true),
+        Baseline(0.0, "any constant"),
     )  # fmt: skip
-    assert right > max(chance, 0.0) + 0.2
+    trials.tell("… regression", "WordNet definitions, depth of the noun", trial, "pearson", score)
+    assert score.gain > 0.2

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
-from gpuyard import Client
 from tests.real import texts
-from tests.real.scores import accuracy, majority, recall_at_1
-from tests.real.sources import CMUDICT, Source
-from tests.real.table import Line
+from tests.real.scores import Baseline, accuracy, majority, recall_at_1
+from tests.real.sources import CMUDICT
 from tests.real.texts import Row, Split
-from tests.real.trial import Answer, Trial, run_trial
+from tests.real.trial import Answer, Trial, Trials
 
-pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.real, pytest.mark.timeout(1800)]
 
 ROWS, LONGEST = 6000, 7
 BERT = {"type": "bert", "hidden": 96, "layers": 2, "heads": 4, "positions": 32, "vocabulary": 128}
 
 
 @pytest.fixture(scope="module")
-def words(need: Callable[[Source], None]) -> Split:
-    need(CMUDICT)
+def words(trials: Trials) -> Split:
+    trials.need(CMUDICT)
     return texts.split(texts.pronunciations(LONGEST), ROWS, 300, 300)
 
 
@@ -42,30 +37,27 @@ def line(row: Row) -> str:
 
 
 @pytest.fixture(scope="module")
-def pretrained(client: Client, words: Split, tmp_path_factory: pytest.TempPathFactory) -> Trial:
+def pretrained(trials: Trials, words: Split) -> Trial:
     """A BERT from scratch that guesses hidden letters and sounds of words."""
-    options = {"epochs": 6, "batch_size": 64, "learning_rate": 2e-3, "warmup_ratio": 0.1}
-    return run_trial(
-        client, tmp_path_factory.mktemp("spelling"), words.each(lambda row: {"text": line(row)}),
+    options = {"epochs": 4, "batch_size": 64, "learning_rate": 2e-3, "warmup_ratio": 0.1}
+    return trials.run(
+        words.each(lambda row: {"text": line(row)}),
         {"task": "fill-mask", "method": "pretrain", "architecture": BERT,
          "hyperparameters": {**options, "mask_probability": 0.2}},
         publish="spelling", asked=masked(words.heldout)[0], batch={"top_k_labels": 5},
     )  # fmt: skip
 
 
-def test_hidden_letters_and_sounds(
-    words: Split, pretrained: Trial, tell: Callable[[Line], None]
-) -> None:
+def test_hidden_letters_and_sounds(trials: Trials, words: Split, pretrained: Trial) -> None:
     true = masked(words.heldout)[1]
-    right, chance = (accuracy(best(rows), true) for rows in (pretrained.answers, pretrained.blank))
-    most = majority(true)
-    tell(
-        Line(
-            "fill-mask", "CMUdict, letters and sounds; BERT from scratch", ROWS, pretrained,
-            "perplexity", "accuracy", chance, right, f"{most:.2f} commonest",
-        )
+    score = pretrained.score(
+        "accuracy", lambda said: accuracy(best(said), true), Baseline(majority(true), "commonest")
+    )
+    trials.tell(
+        "fill-mask", "CMUdict, letters and sounds; BERT from scratch", pretrained,
+        "perplexity", score,
     )  # fmt: skip
-    assert right > max(chance, most) + 0.3
+    assert score.gain > 0.3
     assert pretrained.metrics["perplexity"] < pretrained.before["perplexity"] / 8
 
 
@@ -73,27 +65,21 @@ def best(answers: list[Answer]) -> list[str]:
     return [answer["masks"][0]["tokens"][0]["token"] for answer in answers]
 
 
-def test_words_find_their_sounds(
-    client: Client, words: Split, pretrained: Trial, tmp_path: Path, tell: Callable[[Line], None]
-) -> None:
+def test_words_find_their_sounds(trials: Trials, words: Split, pretrained: Trial) -> None:
     """Contrastive pairs on what was pretrained: spelling and pronunciation get vectors that are near."""
     pairs = words.each(lambda row: {"text": row["text"], "positive": row["target"]})
-    data = Split(pairs.train[:4000], pairs.validation, [])
     options = {"epochs": 2, "batch_size": 128, "learning_rate": 2e-3, "warmup_ratio": 0.1}
-    asked = [{"text": row[part]} for part in ("text", "target") for row in words.heldout]
-    trial = run_trial(
-        client, tmp_path, data,
+    trial = trials.run(
+        Split(pairs.train[:4000], pairs.validation, []),
         {"task": "embeddings", "model": f"job:{pretrained.trained.id}", "hyperparameters": options},
-        publish="sounds-near", asked=asked,
+        publish="sounds-near",
+        asked=[{"text": row[part]} for part in ("text", "target") for row in words.heldout],
     )  # fmt: skip
-    right, chance = (found(rows) for rows in (trial.answers, trial.blank))
-    tell(
-        Line(
-            "embeddings", "CMUdict, spelling ↔ sounds; on the BERT above", 4000, trial,
-            "recall_at_1", "recall@1 of 300", chance, right, f"{1 / 300:.2f} chance",
-        )
-    )  # fmt: skip
-    assert right > chance + 0.4
+    score = trial.score("recall@1 of 300", found, Baseline(1 / 300, "chance"))
+    trials.tell(
+        "embeddings", "CMUdict, spelling ↔ sounds; on the BERT above", trial, "recall_at_1", score
+    )
+    assert score.gain > 0.4
 
 
 def found(answers: list[Answer]) -> float:

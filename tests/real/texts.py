@@ -9,8 +9,9 @@ import hashlib
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -76,6 +77,8 @@ class Noun:
     definition: str
     depth: int
     """Steps up to the noun that stands above all, ``entity``."""
+    kind: str | None = field(repr=False)
+    """The noun above it; None if there is none or there are several. Not in the hash that orders nouns."""
 
 
 @cache
@@ -101,8 +104,8 @@ def nouns() -> tuple[Noun, ...]:
         return min((1 + depth(up) for up in found[offset][2]), default=0)
 
     return tuple(
-        Noun(words, gloss, depth(offset))
-        for offset, (words, gloss, _) in found.items()
+        Noun(words, gloss, depth(offset), found[above[0]][0][0] if len(above) == 1 else None)
+        for offset, (words, gloss, above) in found.items()
         if 5 <= len(gloss.split()) <= 24 and '"' not in gloss
     )
 
@@ -113,14 +116,14 @@ def depths() -> Iterator[Row]:
         yield {"text": noun.definition, "label": noun.depth}
 
 
-def dictionary() -> Iterator[Row]:
-    """A word and its definition; each word and each definition once."""
-    seen: set[str] = set()
-    for noun in shuffled(nouns(), "word"):
-        word = noun.words[0]
-        if word.lower() not in seen and noun.definition not in seen:
-            seen |= {word.lower(), noun.definition}
-            yield {"text": word, "positive": noun.definition}
+def kinds(fewest: int) -> Iterator[Row]:
+    """A definition and, as its summary, what kind of thing it defines: the word of the noun above it in
+    WordNet. Of kinds that have at least so many nouns."""
+    seen: dict[str, str] = {noun.definition: noun.kind for noun in nouns() if noun.kind}
+    count = Counter(seen.values())
+    for definition, kind in shuffled(seen.items(), "kind"):
+        if count[kind] >= fewest:
+            yield {"text": definition, "target": kind}
 
 
 # The Brown corpus: sentences whose words are tagged by hand
@@ -267,3 +270,17 @@ _GENRES = (
 def genre(book: int) -> str:
     """What kind of book it is, as its order in the Bible tells."""
     return next(name for last, name in _GENRES if book <= last)
+
+
+def continuations(words: int, longest: int) -> dict[str, tuple[list[str], list[str]]]:
+    """How verses go on behind the same first words: in the New Testament, and in the Old.
+
+    Only of openings that both have; of each going on so many words at most.
+    """
+    found: dict[str, tuple[list[str], list[str]]] = {}
+    for verse in verses():
+        split = verse.text.split()
+        if len(split) >= 2 * words:
+            both = found.setdefault(" ".join(split[:words]), ([], []))
+            both[verse.book < 40].append(" ".join(split[words : words + longest]))
+    return {opening: both for opening, both in found.items() if all(both)}

@@ -21,11 +21,15 @@ TASKS = {
     "gpt2": "text-generation",
     "llama": "text-generation",
     "t5": "text2text",
+    "bart": "summarization",
 }
 
 
 def spec(type: str, **fields: Any) -> TrainSpec:
-    data = {"train": "train.jsonl", "columns": {"target": "label"} if type == "t5" else {}}
+    data = {
+        "train": "train.jsonl",
+        "columns": {"target": "label"} if type in ("t5", "bart") else {},
+    }
     return TrainSpec.model_validate(
         {
             "task": TASKS[type],

@@ -25,6 +25,8 @@ from tokenizers import (
     trainers,
 )
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertModel,
@@ -113,6 +115,8 @@ def make_model(spec: TrainSpec, tokenizer: PreTrainedTokenizerFast) -> PreTraine
                 return _llama(spec.architecture, tokenizer)
             case "t5":
                 return _t5(spec.architecture, tokenizer)
+            case "bart":
+                return _bart(spec.architecture, tokenizer)
 
 
 def _texts(spec: TrainSpec, train: DataFile) -> Iterator[str]:
@@ -190,7 +194,8 @@ def _alphabet(texts: Iterator[str], normalizer: normalizers.Normalizer) -> list[
 
 
 def _byte_level(texts: Texts, wanted: Architecture) -> PreTrainedTokenizerFast:
-    pad, end = "<pad>", "</s>" if wanted.type == "t5" else "<|endoftext|>"
+    ends = wanted.type in ("t5", "bart")
+    pad, end = "<pad>", "</s>" if ends else "<|endoftext|>"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -204,7 +209,7 @@ def _byte_level(texts: Texts, wanted: Architecture) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    if wanted.type == "t5":
+    if ends:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"$A {end}", special_tokens=[(end, tokenizer.token_to_id(end))]
         )
@@ -212,7 +217,7 @@ def _byte_level(texts: Texts, wanted: Architecture) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         pad_token=pad,
         eos_token=end,
-        bos_token=None if wanted.type == "t5" else end,
+        bos_token=None if ends else end,
         model_max_length=wanted.positions,
         clean_up_tokenization_spaces=False,
     )
@@ -282,3 +287,23 @@ def _t5(wanted: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
         decoder_start_token_id=tokenizer.pad_token_id,  # type: ignore[call-arg]
     )
     return T5ForConditionalGeneration(config)
+
+
+def _bart(wanted: Architecture, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    config = BartConfig(
+        vocab_size=_size(tokenizer),
+        d_model=wanted.hidden,
+        encoder_layers=wanted.layers,
+        decoder_layers=wanted.layers,
+        encoder_attention_heads=wanted.heads,
+        decoder_attention_heads=wanted.heads,
+        encoder_ffn_dim=wanted.inner,
+        decoder_ffn_dim=wanted.inner,
+        max_position_embeddings=wanted.positions,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+    )
+    return BartForConditionalGeneration(config)
