@@ -76,14 +76,18 @@ def _unequal(samples: dict[str, bytes], theirs: dict[str, bytes]) -> list[str]:
     return [f"sample of {name}" for name in theirs if samples.get(name) != theirs[name]]
 
 
-def memory_taken(folder: Path, store: Path, rank: int, ranks: int, promise: bool) -> int:
-    """Bytes of its own memory that a rank takes at most while it loads and cuts a language model."""
+def memory_taken(
+    small: Path, folder: Path, store: Path, rank: int, ranks: int, promise: bool
+) -> int:
+    """Bytes of its own memory that a rank takes at most while it loads and cuts a language model. The
+    ``small`` one goes before it, as what is imported meanwhile does not count."""
     parallel, _ = _join(store, rank, ranks)
     told: list[str] = []
-    with _watched() as most:
-        with promised(told.append) if promise else nullcontext():
-            model = LOADS["causal-lm"](folder)
-        parallel.divide(model)
+    for each in (small, folder):
+        with _watched() as most:
+            with promised(told.append) if promise else nullcontext():
+                model = LOADS["causal-lm"](each)
+            parallel.divide(model)
     assert not told, told
     return most[1] - most[0]
 

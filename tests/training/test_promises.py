@@ -128,12 +128,15 @@ def test_a_rank_takes_memory_for_its_own_part_alone(tmp_path: Path) -> None:
     # As large models are: what is read has to be cast, and cannot be used where the file is mapped.
     model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
     del model
+    small = make_llama(tmp_path / "small")
 
     def taken(promise: bool) -> int:
         store = tmp_path / f"store-{promise}"
-        calls = [(memory_taken, tmp_path / "model", store, rank, 2, promise) for rank in range(2)]
+        folders = (small, tmp_path / "model")
+        calls = [(memory_taken, *folders, store, rank, 2, promise) for rank in range(2)]
         with ThreadPoolExecutor(2) as pool:
             return max(pool.map(lambda call: in_another_process(*call), calls))
 
     assert taken(promise=False) > 0.95 * whole
-    assert taken(promise=True) < 0.65 * whole
+    # Half of it, and what the allocator holds back.
+    assert taken(promise=True) < 0.75 * whole

@@ -20,10 +20,17 @@ from workers.ranks.checkpoint import CheckpointDamaged
 from workers.ranks.train.pieces import Pieces
 from workers.ranks.train.sharding import span
 
-OPTIONS: dict[str, Any] = {"batch_size": 12, "max_steps": 18, "learning_rate": 5e-3, "dropout": 0.0}
+OPTIONS: dict[str, Any] = {
+    "batch_size": 12,
+    "micro_batch_size": None,
+    "max_steps": 18,
+    "learning_rate": 5e-3,
+    "dropout": 0.0,
+}
 EVERY_5 = {"every_steps": 5, "every_seconds": None}
 KINDS = (
     "single-label", "regression", "lora", "text2text", "summarization", "completion", "embeddings",
+    "preference", "preference-lora",
 )  # fmt: skip
 
 
@@ -115,6 +122,30 @@ def test_killed_and_resumed_it_ends_bitwise_the_same(
     assert min(report.step for report in second.of(Progress)) > newest.step
     assert second.weights == whole.weights
     assert second.done.summary["metrics"] == whole.done.summary["metrics"]
+
+
+@pytest.mark.parametrize("name", ["preference", "preference-lora"])
+def test_preferences_go_on_bitwise_with_the_reference_that_they_began_with(
+    tmp_path: Path, name: str
+) -> None:
+    pairs = Material(next(case for case in CASES if case.name == name), tmp_path)
+    whole = pairs.gang("whole").run()
+    first = killed(pairs, "killed", ranks=2, rank=1, cache=tmp_path / "cache")
+    # With a reference from the cache, with one that is computed anew, and by more ranks.
+    for work, options, how in (
+        ("cached", {"cache": tmp_path / "cache"}, "from the cache"),
+        ("anew", {}, "computed"),
+        ("three", {"cache": tmp_path / "cache", "ranks": 3}, "computed"),
+    ):
+        gang = pairs.gang(work, resume_from=first.checkpoints, **options).run()
+        assert f"training pairs {how}" in gang.log.read_text()
+        if work == "three":
+            assert losses(gang)[-1] == pytest.approx(losses(whole)[-1], rel=1e-2)
+        else:
+            assert gang.weights == whole.weights
+    kept = [each.read_bytes() for each in (tmp_path / "cache" / "reference").iterdir()]
+    assert len(kept) == 4
+    assert len(set(kept)) == 2, "two and three ranks found other references"
 
 
 def killed(material: Material, work: str, *, ranks: int, rank: int, **options: Any) -> Gang:

@@ -108,10 +108,6 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
 
     parallel.place(model)
     reporter.rows_at_once = min(plan.micro_batch, -(-len(training) // plan.ranks))
-    if isinstance(task, Preferences):
-        training, validation = add_reference(
-            assignment, task, training, validation, compute, gang, reporter
-        )
     adapter = None
     if spec.method == "lora":
         adapter = _add_lora(task, spec)
@@ -121,6 +117,10 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     name = f"{model_path.name}: {type(model).__name__}"
     parallel.divide(model)
     sampled = sample_weights(model, gang)
+    if isinstance(task, Preferences):
+        training, validation = add_reference(
+            assignment, task, training, validation, compute, gang, parallel, reporter
+        )
     objective = _objective(assignment, task, rows, compute, reporter)
     warm_up = warm_up_batch(objective, training, plan, compute)
     unused = set_aside_unused(objective, model, warm_up, compute)
