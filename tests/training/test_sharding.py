@@ -259,6 +259,28 @@ def test_a_rank_holds_its_part_and_a_layer_of_the_model(tmp_path: Path) -> None:
     assert held(4, sharded=True) == pytest.approx((4 * size / 4, 3 * size / 4), rel=0.1)
 
 
+def test_the_process_of_a_rank_is_smaller_than_with_the_whole_model(topics: Material) -> None:
+    """What is freed is given back, and not kept in holes between layers that come and go."""
+    config = transformers.BertConfig.from_pretrained(
+        topics.model, num_hidden_layers=12, hidden_size=384, intermediate_size=1536
+    )
+    model = transformers.BertModel(config)
+    model.save_pretrained(topics.model)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    del model
+    peaks = {
+        how: max(
+            done.summary["peak_memory_bytes"]
+            for done in topics.gang(how, parallelism=how, max_steps=3, validation=None)
+            .run()
+            .of(Done)
+        )
+        for how in ("ddp", "fsdp")
+    }
+    # Of weights, gradients and two moments half; and layers that are gathered.
+    assert peaks["fsdp"] < peaks["ddp"] - size
+
+
 @pytest.mark.parametrize(
     ("rows", "ranks", "spans"),
     [

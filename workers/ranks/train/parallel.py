@@ -60,7 +60,10 @@ class Parallel:
     def loading(self, tell: Callable[[str], object]) -> AbstractContextManager[None]:
         """For the model that is going to be trained: of one that is cut no numbers are read yet.
         ``tell`` gets to hear why that cannot be done with it, if so."""
-        return promised(tell) if self._gang.sharded else nullcontext()
+        if not self._gang.sharded:
+            return nullcontext()
+        self._compute.return_freed_memory()
+        return promised(tell)
 
     def place(self, model: PreTrainedModel) -> None:
         """Put the model as it was loaded on the device; one that is going to be cut stays on the host."""
