@@ -351,6 +351,7 @@ def _load_model(
         with quiet(), torch.random.fork_rng(devices=[]):
             model, info = load_promised(auto, folder, config=config, **options)
     except Exception as problem:
+        # Of whatever kind: what is wrong with the folder itself is found, and said, by the other way.
         loaded = _load_whole(auto, folder, config=config, **options)
         why = first_line(problem)
         tell(f"note: each rank loads the whole of '{folder.name}' into host memory: {why}")
