@@ -166,8 +166,6 @@ class TrainSpec(JobFields):
             return "resources.devices is 1: there is nothing to divide the model among"
         if self.hyperparameters.optimizer == "adafactor":
             return "adafactor sums over rows and columns of whole weights: choose another optimizer"
-        if self.preference is not None:
-            return "preference compares with the whole model as it was before: choose 'ddp'"
         return None
 
     @model_validator(mode="after")

@@ -20,10 +20,17 @@ from workers.ranks.checkpoint import CheckpointDamaged
 from workers.ranks.train.pieces import Pieces
 from workers.ranks.train.sharding import span
 
-OPTIONS: dict[str, Any] = {"batch_size": 12, "max_steps": 18, "learning_rate": 5e-3, "dropout": 0.0}
+OPTIONS: dict[str, Any] = {
+    "batch_size": 12,
+    "micro_batch_size": None,
+    "max_steps": 18,
+    "learning_rate": 5e-3,
+    "dropout": 0.0,
+}
 EVERY_5 = {"every_steps": 5, "every_seconds": None}
 KINDS = (
     "single-label", "regression", "lora", "text2text", "summarization", "completion", "embeddings",
+    "preference", "preference-lora",
 )  # fmt: skip
 
 
@@ -115,6 +122,30 @@ def test_killed_and_resumed_it_ends_bitwise_the_same(
     assert min(report.step for report in second.of(Progress)) > newest.step
     assert second.weights == whole.weights
     assert second.done.summary["metrics"] == whole.done.summary["metrics"]
+
+
+@pytest.mark.parametrize("name", ["preference", "preference-lora"])
+def test_preferences_go_on_bitwise_with_the_reference_that_they_began_with(
+    tmp_path: Path, name: str
+) -> None:
+    pairs = Material(next(case for case in CASES if case.name == name), tmp_path)
+    whole = pairs.gang("whole").run()
+    first = killed(pairs, "killed", ranks=2, rank=1, cache=tmp_path / "cache")
+    # With a reference from the cache, with one that is computed anew, and by more ranks.
+    for work, options, how in (
+        ("cached", {"cache": tmp_path / "cache"}, "from the cache"),
+        ("anew", {}, "computed"),
+        ("three", {"cache": tmp_path / "cache", "ranks": 3}, "computed"),
+    ):
+        gang = pairs.gang(work, resume_from=first.checkpoints, **options).run()
+        assert f"training pairs {how}" in gang.log.read_text()
+        if work == "three":
+            assert losses(gang)[-1] == pytest.approx(losses(whole)[-1], rel=1e-2)
+        else:
+            assert gang.weights == whole.weights
+    kept = [each.read_bytes() for each in (tmp_path / "cache" / "reference").iterdir()]
+    assert len(kept) == 4
+    assert len(set(kept)) == 2, "two and three ranks found other references"
 
 
 def killed(material: Material, work: str, *, ranks: int, rank: int, **options: Any) -> Gang:
@@ -226,6 +257,28 @@ def test_a_rank_holds_its_part_and_a_layer_of_the_model(tmp_path: Path) -> None:
     assert held(2, sharded=False) == pytest.approx((4 * size, 3 * size), rel=0.05)
     assert held(2, sharded=True) == pytest.approx((4 * size / 2, 3 * size / 2), rel=0.1)
     assert held(4, sharded=True) == pytest.approx((4 * size / 4, 3 * size / 4), rel=0.1)
+
+
+def test_the_process_of_a_rank_is_smaller_than_with_the_whole_model(topics: Material) -> None:
+    """What is freed is given back, and not kept in holes between layers that come and go."""
+    config = transformers.BertConfig.from_pretrained(
+        topics.model, num_hidden_layers=12, hidden_size=384, intermediate_size=1536
+    )
+    model = transformers.BertModel(config)
+    model.save_pretrained(topics.model)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    del model
+    peaks = {
+        how: max(
+            done.summary["peak_memory_bytes"]
+            for done in topics.gang(how, parallelism=how, max_steps=3, validation=None)
+            .run()
+            .of(Done)
+        )
+        for how in ("ddp", "fsdp")
+    }
+    # Of weights, gradients and two moments half; and layers that are gathered.
+    assert peaks["fsdp"] < peaks["ddp"] - size
 
 
 @pytest.mark.parametrize(

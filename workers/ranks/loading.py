@@ -8,8 +8,9 @@ that are missing. So the folder is inspected first, and afterwards what was load
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from workers.ranks.folders import LoadError, first_line, inspect_folder, read_json
+from workers.ranks.promises import load_promised
 
 __all__ = [
     "Classifier",
@@ -47,6 +49,7 @@ __all__ = [
     "load_token_classifier",
     "load_tokenizer",
     "override_dropout",
+    "promised",
     "quiet",
 ]
 
@@ -61,6 +64,8 @@ _USES: dict[Any, str] = {
     AutoModelForCausalLM: "generate text",
     AutoModel: "be loaded as an encoder",
 }
+
+_told_if_whole: ContextVar[Callable[[str], object] | None] = ContextVar("told", default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,6 +321,17 @@ def _load_classifier(
 
 
 @contextmanager
+def promised(tell: Callable[[str], object]) -> Iterator[None]:
+    """Models that are loaded meanwhile are promised (``promises.py``): of their numbers none is read. All
+    else about them is as ever. One that cannot be is loaded whole, and ``tell`` gets to hear why."""
+    token = _told_if_whole.set(tell)
+    try:
+        yield
+    finally:
+        _told_if_whole.reset(token)
+
+
+@contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Fresh parameters follow the seed; the global generator is left as it was found: an engine loads
     while others sample."""
@@ -325,6 +341,26 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _load_model(
+    auto: Any, folder: Path, *, config: PreTrainedConfig, **options: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    tell = _told_if_whole.get()
+    if tell is None:
+        return _load_whole(auto, folder, config=config, **options)
+    try:
+        # What is new in a model is drawn by whichever of the two ways makes it.
+        with quiet(), torch.random.fork_rng(devices=[]):
+            model, info = load_promised(auto, folder, config=config, **options)
+    except Exception as problem:
+        # Of whatever kind: what is wrong with the folder itself is found, and said, by the other way.
+        loaded = _load_whole(auto, folder, config=config, **options)
+        why = first_line(problem)
+        tell(f"note: each rank loads the whole of '{folder.name}' into host memory: {why}")
+        return loaded
+    model.eval()  # type: ignore[no-untyped-call]
+    return model, info
+
+
+def _load_whole(
     auto: Any, folder: Path, *, config: PreTrainedConfig, **options: Any
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     try:

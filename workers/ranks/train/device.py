@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import time
 from contextlib import AbstractContextManager
@@ -17,6 +18,9 @@ from shared.messages import DeviceHandle
 from shared.specs import TrainPrecision
 from workers.ranks.train.failures import TrainingFailed
 
+_M_MMAP_THRESHOLD = -3
+"""Of mallopt(3)."""
+_RETURNED = 1 << 20
 _STATM = Path("/proc/self/statm")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -77,6 +81,17 @@ class Compute:
         if self.device.type == "cpu":
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak is that of now
+
+    def return_freed_memory(self) -> None:
+        """From now on tensors of 1 MiB and more take no memory once they are freed.
+
+        On the CPU glibc raises the size from which that is so with each such tensor that is freed, up to 32
+        MiB, and keeps what is smaller. Where layers come and go in every pass, what it keeps in holes
+        would be more than what shards save. On CUDA the allocator is PyTorch's own.
+        """
+        if self.device.type == "cpu":
+            with contextlib.suppress(AttributeError):  # another C library
+                ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _RETURNED)
 
     def host_memory(self, size: int) -> torch.Tensor:
         """``size`` bytes on the host, which a copy from the device goes to without a detour."""

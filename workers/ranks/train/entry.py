@@ -99,7 +99,8 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     if spec.architecture is not None:
         model_path = begin_from_scratch(assignment, gang, reporter)
     labels = share_labels(assignment, gang, reporter)
-    task = open_task(spec, model_path, training_file(assignment), labels)
+    with parallel.loading(reporter.say):
+        task = open_task(spec, model_path, training_file(assignment), labels)
     training, validation, rows = read_data(assignment, task, gang, reporter)
     plan, schedule = _plan(assignment, len(training))
     model = task.loaded.model
@@ -107,18 +108,19 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
 
     parallel.place(model)
     reporter.rows_at_once = min(plan.micro_batch, -(-len(training) // plan.ranks))
-    if isinstance(task, Preferences):
-        training, validation = add_reference(
-            assignment, task, training, validation, compute, gang, reporter
-        )
     adapter = None
     if spec.method == "lora":
         adapter = _add_lora(task, spec)
     frozen = freeze(model, options.freeze)
     if options.gradient_checkpointing:
         recompute_layers(model)
-    sampled, name = sample_weights(model), f"{model_path.name}: {type(model).__name__}"
+    name = f"{model_path.name}: {type(model).__name__}"
     parallel.divide(model)
+    sampled = sample_weights(model, gang)
+    if isinstance(task, Preferences):
+        training, validation = add_reference(
+            assignment, task, training, validation, compute, gang, parallel, reporter
+        )
     objective = _objective(assignment, task, rows, compute, reporter)
     warm_up = warm_up_batch(objective, training, plan, compute)
     unused = set_aside_unused(objective, model, warm_up, compute)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
+from workers.ranks.loading import promised
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Batch, Examples
 from workers.ranks.train.gang import Gang
@@ -55,6 +56,14 @@ class Parallel:
     def __init__(self, compute: Compute, gang: Gang) -> None:
         self._compute = compute
         self._gang = gang
+
+    def loading(self, tell: Callable[[str], object]) -> AbstractContextManager[None]:
+        """For the model that is going to be trained: of one that is cut no numbers are read yet.
+        ``tell`` gets to hear why that cannot be done with it, if so."""
+        if not self._gang.sharded:
+            return nullcontext()
+        self._compute.return_freed_memory()
+        return promised(tell)
 
     def place(self, model: PreTrainedModel) -> None:
         """Put the model as it was loaded on the device; one that is going to be cut stays on the host."""

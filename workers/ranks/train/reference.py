@@ -1,9 +1,9 @@
 """What the model thinks of the answers before training: the reference of preference optimisation.
 
-No second model is held: the numbers are computed once, by all ranks together, before a weight changes or
-an adapter is added, and kept beside the token cache for attempts to come. Batches do not depend on how
-many ranks there are, so an attempt that has to compute them anew gets the same to the bit on hardware
-of the same kind.
+No second model is held: the numbers are computed once, by all ranks together, before a weight changes,
+and kept beside the token cache for attempts to come. Batches do not depend on how many ranks there are, so
+an attempt that has to compute them anew gets the same to the bit on hardware of the same kind. An adapter
+may be there already: a new one adds nothing, as one of its matrices is zero.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from workers.ranks.checkpoint import place
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.gang import Gang
+from workers.ranks.train.parallel import Parallel
 from workers.ranks.train.reports import Reporter
+from workers.ranks.train.sharding import local
 from workers.ranks.train.state import require_agreement
 from workers.ranks.train.tasks.preferences import REFERENCE, Preferences
 
@@ -37,6 +39,8 @@ PAIRS_TOGETHER = 8
 _SUMMED_TOGETHER = 1 << 18
 _POLL_SECONDS = 0.1
 _ASIDE = ".writing-"
+_OF_ADAPTER = ".lora_"
+"""What is in the names of PEFT's matrices."""
 
 Numbers = NDArray[np.float64]
 """[chosen and rejected, examples]"""
@@ -49,6 +53,7 @@ def add_reference(
     validation: Examples | None,
     compute: Compute,
     gang: Gang,
+    parallel: Parallel,
     reporter: Reporter,
 ) -> tuple[Examples, Examples | None]:
     """The examples with the log-likelihood of each answer beside them. ``task``'s model is untrained,
@@ -68,12 +73,14 @@ def add_reference(
     require_agreement(gang, digests, "examples")
     model = task.loaded.model
     model.eval()  # type: ignore[no-untyped-call]
-    # Once: of a large model it takes a while.
-    identity = _identity(model) if folder is not None and gang.rank == 0 else None
+    identity = None
+    if gang.share("reference/kept", folder is not None) and (gang.rank == 0 or gang.sharded):
+        # Once: of a large model it takes a while.
+        identity = _identity(model, gang)
 
     def added(examples: Examples, role: str) -> Examples:
         began, key = time.monotonic(), None
-        if identity is not None:
+        if identity is not None and gang.rank == 0:
             key = _key(identity, examples, compute, together)
         numbers = _find(folder, key, len(examples))
         # Not by the store's own timeout: hashing a large model takes a while.
@@ -84,7 +91,9 @@ def add_reference(
             numbers = _spread(numbers, len(examples), gang)
         else:
             how = "computed"
-            numbers = _compute(task, examples, together, compute, gang, reporter.check_orders)
+            numbers = _compute(
+                task, examples, together, compute, gang, parallel, reporter.check_orders
+            )
             _keep(folder, key, numbers, reporter)
         seconds = time.monotonic() - began
         reporter.say(f"reference of {len(examples):,} {role} pairs {how}, {seconds:.1f} s")
@@ -99,6 +108,7 @@ def _compute(
     together: int,
     compute: Compute,
     gang: Gang,
+    parallel: Parallel,
     check_orders: Callable[[], object],
 ) -> Numbers:
     """Each rank its share of the batches; all get all numbers."""
@@ -106,14 +116,15 @@ def _compute(
     # The longest first: a lack of memory shows at once.
     by_length = np.argsort(-examples.lengths, kind="stable")
     starts = range(0, len(examples), together)
-    with torch.no_grad():
-        for start in starts[gang.rank :: gang.world_size]:
+    with torch.no_grad(), parallel.evaluating(task.loaded.model):
+        for start, counts in gang.deal(starts):
             check_orders()
             places = by_length[start : start + together]
             batch = task.batch(examples, places, 0).to(compute.device)
             with compute.autocast():
                 likelihoods = task.likelihoods(task.loaded.model, batch)
-            numbers[:, places] = likelihoods.double().cpu().numpy()
+            if counts:
+                numbers[:, places] = likelihoods.double().cpu().numpy()
     flat = numbers.ravel()
     for start in range(0, len(flat), _SUMMED_TOGETHER):
         part = slice(start, start + _SUMMED_TOGETHER)
@@ -130,13 +141,22 @@ def _spread(numbers: Numbers | None, count: int, gang: Gang) -> Numbers:
     return held.numpy()
 
 
-def _identity(model: nn.Module) -> str:
-    """A digest of all weights."""
+def _identity(model: nn.Module, gang: Gang) -> str:
+    """A digest of all weights but those of an adapter, which moves some to other names. Ranks with a
+    model in shards each make that of their part, so that it depends on their number as well."""
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        sha.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
+        if _OF_ADAPTER in name:
+            continue
+        sha.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        part = local(tensor.detach()).cpu().contiguous()
+        sha.update(part.reshape(-1).view(torch.uint8).numpy().data)
+    if not gang.sharded:
+        return sha.hexdigest()
+    words = np.frombuffer(sha.digest(), np.uint32)
+    digests = np.zeros((gang.world_size, len(words)))
+    digests[gang.rank] = words
+    return json.dumps(gang.sum(digests.ravel().tolist()))
 
 
 def _key(identity: str, examples: Examples, compute: Compute, together: int) -> str:

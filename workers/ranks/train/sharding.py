@@ -15,22 +15,24 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from workers.ranks.promises import fulfil
 from workers.ranks.train.device import Compute
 from workers.ranks.train.gang import Gang
 
 
 def shard(model: nn.Module, compute: Compute, gang: Gang) -> None:
-    """Cut the parameters of ``model`` in place, layer by layer, and put each rank's on its device. The
-    device holds its shards and one whole layer at most; the host, until then, the whole model.
+    """Cut the parameters of ``model`` in place, layer by layer, and put each rank's on its device, which
+    holds its shards and one whole layer at most. Of what was promised this rank reads its own rows,
+    when it comes to the layer; so the host holds no more than the device does.
 
     With a half precision layers are gathered in it: half the traffic and memory. Gradients are added
     up in fp32.
     """
     mesh = init_device_mesh(compute.device.type, (gang.world_size,))
     policy = MixedPrecisionPolicy(param_dtype=compute.half, reduce_dtype=torch.float32)
-    for layer in layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for part in (*layers(model), model):
+        fulfil(part, lambda rows: span(rows, gang.world_size, gang.rank))
+        fully_shard(part, mesh=mesh, mp_policy=policy)
 
 
 def layers(model: nn.Module) -> Iterator[nn.Module]:

@@ -28,6 +28,7 @@ from workers.ranks.train.order import same_bits
 from workers.ranks.train.pieces import load, require_parts
 from workers.ranks.train.reports import Reporter
 from workers.ranks.train.scaling import LossScale
+from workers.ranks.train.sharding import local, span
 from workers.ranks.train.stopping import Best
 
 _FORMAT = 4
@@ -81,14 +82,29 @@ class Resumed:
     """Where the best model so far is, on rank 0, if early stopping is to deliver it."""
 
 
-def sample_weights(model: nn.Module) -> dict[str, bytes]:
-    """Some numbers of each weight, to know it by. Of a model that is not in shards yet."""
-    samples = {}
+def sample_weights(model: nn.Module, gang: Gang) -> dict[str, bytes]:
+    """Some numbers of each weight, to know it by. All ranks of a model in shards call it together, and
+    get the same, however it is cut."""
+    some = {}
     for name, parameter in model.named_parameters():
-        flat = parameter.detach().flatten()
-        some = flat[:: max(1, len(flat) // _SAMPLED)].float().cpu().contiguous()
-        samples[name] = some.numpy().tobytes()
-    return samples
+        held = local(parameter.detach()).flatten()
+        step = max(1, parameter.numel() // _SAMPLED)
+        first = 0
+        if gang.sharded and len(parameter):
+            rows, _ = span(len(parameter), gang.world_size, gang.rank)
+            first = rows * (parameter.numel() // len(parameter))
+        places = torch.arange(0, parameter.numel(), step) - first
+        own = (places >= 0) & (places < len(held))
+        # Bits, not numbers: sums over ranks of which one has each keep them, a NaN's as well.
+        bits = torch.zeros(len(places), dtype=torch.int32)
+        bits[own] = held[places[own].to(held.device)].float().cpu().view(torch.int32)
+        some[name] = bits
+    if gang.sharded:
+        summed = gang.sum(torch.cat(list(some.values())).tolist())
+        bits = torch.tensor(summed, dtype=torch.float64).to(torch.int32)
+        lengths = [len(each) for each in some.values()]
+        some = dict(zip(some, torch.split(bits, lengths), strict=True))
+    return {name: each.numpy().tobytes() for name, each in some.items()}
 
 
 def fingerprint(
