@@ -77,9 +77,11 @@ class Compiled:
     def set_aside(self) -> Iterator[None]:
         """Layers are run without for as long."""
         before, self._ready = self._ready, False
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        self._ready = before
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self._ready = before
 
     def undo(self) -> None:
         """Leave layers as if they had never been compiled."""
