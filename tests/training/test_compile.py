@@ -144,16 +144,14 @@ def test_without_a_compiler_it_trains_all_the_same_and_says_so(
     assert "Traceback" not in compiled.log.read_text()
 
 
-def test_one_host_without_a_compiler_is_enough(
-    tmp_path: Path, bert: Path, train_file: Path
-) -> None:
-    # Nothing can be kept below a file: this rank finds no folder that it may use.
-    (tmp_path / "file").touch()
+def test_one_rank_that_cannot_is_enough(tmp_path: Path, bert: Path, train_file: Path) -> None:
+    # Where rank 1 would make a folder for what it compiles there is something else.
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "compiled-1").touch()
     assignment = make_assignment(
         tmp_path / "work", bert, train_file, ranks=2, compile=True, **OPTIONS
     )
-    own = {1: {"work_dir": str(tmp_path / "file" / "work")}}
-    gang = Gang(assignment, differing=own, deadline=DEADLINE).run()
+    gang = Gang(assignment, deadline=DEADLINE).run()
     (notice,) = gang.of(Notice)
     assert notice.code == "compile_unavailable" and notice.data["rank"] == 1
     assert gang.done.summary["steps"] == OPTIONS["max_steps"]
