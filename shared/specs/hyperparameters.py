@@ -81,7 +81,7 @@ class Hyperparameters(Strict):
     compile: bool = Field(
         False,
         description="Compile the layers (torch.compile) at the start of each attempt: a wait of a "
-        "minute or so, then faster steps; same result but for rounding. Where a host cannot, it is "
+        "minute or more, for steps that may be faster; same result but for rounding. Where a host cannot, it is "
         "told, and done without.",
     )
     seed: int = Field(42, ge=0, lt=2**63)
