@@ -17,7 +17,14 @@ from shared.specs import TrainSpec
 
 RUNTIME = 512 * 1024**2
 """What a process with torch takes before the first tensor: libraries, CUDA context, allocator."""
-_DECIDE = ("optimizer", "freeze", "packing", "gradient_checkpointing", "mask_probability")
+_DECIDE = (
+    "optimizer",
+    "freeze",
+    "packing",
+    "mask_probability",
+    "gradient_checkpointing",
+    "compile",
+)
 _AS_LARGE = {"tf32": "fp32", "fp16": "bf16"}
 """Precisions that take as much memory as another."""
 _DECIDE_BY_BEING_THERE = ("label_smoothing", "momentum", "l1", "dropout")

@@ -78,6 +78,12 @@ class Hyperparameters(Strict):
         description="Keep the input of each layer alone and compute the rest again for the backward "
         "pass: less memory for longer steps, same result.",
     )
+    compile: bool = Field(
+        False,
+        description="Compile the layers (torch.compile) at the start of each attempt: a wait of a "
+        "minute or more, for steps that may be faster; same result but for rounding. Where a host cannot, it is "
+        "told, and done without.",
+    )
     seed: int = Field(42, ge=0, lt=2**63)
     eval_every_steps: int | None = Field(None, ge=1, description="Default: once an epoch.")
 

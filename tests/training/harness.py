@@ -108,6 +108,8 @@ class Gang:
     """Which ranks to start; all of them by default."""
     differing: dict[int, dict[str, Any]] = field(default_factory=dict)
     """By rank: fields of its assignment that are not those of the others."""
+    deadline: float = DEADLINE
+    """Seconds that ``run`` waits for its ranks."""
 
     def __post_init__(self) -> None:
         self.reports: list[tuple[int, Report]] = []
@@ -146,7 +148,7 @@ class Gang:
             self._sockets[rank] = ours
 
     def run(self, on_report: Callable[[int, Report], None] | None = None) -> Gang:
-        """Start, and collect reports until every rank is gone; fails after ``DEADLINE`` seconds."""
+        """Start, and collect reports until every rank is gone; fails after ``deadline`` seconds."""
         self.start()
         try:
             self._collect(on_report or (lambda _rank, _report: None))
@@ -215,7 +217,7 @@ class Gang:
         return hashlib.sha256((self.model / "model.safetensors").read_bytes()).hexdigest()
 
     def _collect(self, on_report: Callable[[int, Report], None]) -> None:
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + self.deadline
         open_channels = dict(self._channels)
         while open_channels:
             left = deadline - time.monotonic()

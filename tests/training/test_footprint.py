@@ -110,6 +110,13 @@ def test_it_is_measured_within_5_percent_and_estimated_within_20(name: str) -> N
     assert by_arithmetic(asked, CASES[name][0]) == pytest.approx(truth, rel=0.2)
 
 
+def test_measuring_compiles_nothing() -> None:
+    # What compiled layers take is remembered by itself, and until then they count as any other.
+    compiled, plain = ask("gpt2", compile=True), ask("gpt2")
+    assert compiled.key != plain.key
+    assert measure(compiled) == measure(plain)
+
+
 def test_measuring_takes_no_memory_of_the_models_size() -> None:
     config = {**CONFIGS["llama"].to_dict(), "hidden_size": 4096, "intermediate_size": 11008}
     asked = ask("llama-accumulated").model_copy(update={"model": config})

@@ -54,6 +54,7 @@ class Part:
     step: int
     ranks: int
     device: str
+    compiled: bool = False
 
 
 @dataclass(frozen=True, slots=True)

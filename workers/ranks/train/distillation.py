@@ -63,6 +63,10 @@ class Distillation:
         self._smoothing = smoothing
         self._own_examples = own_examples
 
+    @property
+    def teacher(self) -> nn.Module:
+        return self._model
+
     def to(self, device: torch.device) -> None:
         self._model.to(device)
         self._order = self._order.to(device)

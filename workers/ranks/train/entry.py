@@ -14,14 +14,15 @@ from shared.lifecycle import FailureClass
 from shared.messages import Done, Failed, Ready, TrainAssignment
 from shared.specs import TrainSpec
 from workers.ranks.loading import LoadError
+from workers.ranks.train.compiling import compile_layers
 from workers.ranks.train.datasets import forget_datasets, write_out_datasets
 from workers.ranks.train.device import Compute, open_device
-from workers.ranks.train.distillation import distil
+from workers.ranks.train.distillation import Distillation, distil
 from workers.ranks.train.ending import Ending, take_samples
 from workers.ranks.train.examples import Examples
 from workers.ranks.train.failures import Preempted, Stopped, TrainingFailed, explain
 from workers.ranks.train.freezing import freeze
-from workers.ranks.train.gang import join
+from workers.ranks.train.gang import Gang, join
 from workers.ranks.train.health.health import Health
 from workers.ranks.train.labels import share_labels
 from workers.ranks.train.loop import Trainer
@@ -124,6 +125,17 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     objective = _objective(assignment, task, rows, compute, reporter)
     warm_up = warm_up_batch(objective, training, plan, compute)
     unused = set_aside_unused(objective, model, warm_up, compute)
+    if options.compile:
+        parallel.compiled = compile_layers(
+            assignment,
+            objective,
+            [model, *([objective.teacher] if isinstance(objective, Distillation) else [])],
+            training,
+            plan,
+            compute,
+            gang,
+            reporter,
+        )
     optimizer = make_optimizer(model, options)
     own = fingerprint(spec, training.digest(), model, sampled)
     require_agreement(gang, own)
@@ -139,6 +151,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
             f"resumed from the checkpoint of step {position.step}: "
             f"{plan.total_steps - position.step} steps to go"
         )
+        _tell_of_compiled(options.compile, parallel, position, gang, reporter)
     elif gang.rank == 0:
         tell_about_data(task, model_path, training, validation, reporter)
     position.attempts.append(
@@ -147,6 +160,7 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
             "step": position.step,
             "ranks": assignment.world_size,
             "device": assignment.device.id,
+            "compiled": parallel.compiled is not None,
         }
     )
     health = Health(assignment, gang, reporter)
@@ -180,6 +194,9 @@ def _run(assignment: TrainAssignment, reporter: Reporter) -> None:
     with health.watching():
         evaluation = trainer.run(position)
     seconds = time.monotonic() - train_began
+    if parallel.compiled is not None:
+        parallel.compiled.undo()
+        parallel.compiled = None
     samples = take_samples(task, validation, compute, gang, parallel, reporter)
     parallel.gather(model)
     gang.leave()
@@ -238,6 +255,20 @@ def _add_lora(task: Task, spec: TrainSpec) -> Adapter:
         seed=spec.hyperparameters.seed,
         train_head=bool(task.loaded.labels),
     )
+
+
+def _tell_of_compiled(
+    wanted: bool, parallel: Parallel, position: Position, gang: Gang, reporter: Reporter
+) -> None:
+    """Where the host of one attempt can compile, and that of another cannot."""
+    now = parallel.compiled is not None
+    if wanted and gang.rank == 0 and position.attempts[-1].get("compiled") is not now:
+        reporter.notice(
+            "compiled_changed",
+            f"the checkpoint of step {position.step} was made {'without' if now else 'with'} compiled "
+            f"layers and is continued {'with' if now else 'without'} them: the result is the same but "
+            "for rounding, in the last bits",
+        )
 
 
 def _plan(assignment: TrainAssignment, examples: int) -> tuple[BatchPlan, Schedule]:

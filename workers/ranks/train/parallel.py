@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from workers.ranks.loading import promised
+from workers.ranks.train.compiling import Compiled
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import Batch, Examples
 from workers.ranks.train.gang import Gang
@@ -26,9 +27,14 @@ _AS_TORCH = 1e-6
 
 def warm_up_batch(objective: Objective, data: Examples, plan: BatchPlan, compute: Compute) -> Batch:
     """For passes that are thrown away. On CUDA the largest micro-batch there is, so that a lack of
-    memory shows at once and not in the middle of an epoch; on a CPU the cheapest."""
+    memory shows at once and not in the middle of an epoch; on a CPU the cheapest of a usual kind: single
+    rows are one that compiled layers may not be made for."""
     by_length = data.lengths.argsort(kind="stable")
-    chosen = by_length[-plan.micro_batch :] if compute.device.type == "cuda" else by_length[:1]
+    chosen = (
+        by_length[-plan.micro_batch :]
+        if compute.device.type == "cuda"
+        else by_length[: min(2, plan.micro_batch)]
+    )
     return objective.batch(data, chosen, seed=0).to(compute.device)
 
 
@@ -56,6 +62,8 @@ class Parallel:
     def __init__(self, compute: Compute, gang: Gang) -> None:
         self._compute = compute
         self._gang = gang
+        self.compiled: Compiled | None = None
+        """Layers that are to be set aside in evaluations."""
 
     def loading(self, tell: Callable[[str], object]) -> AbstractContextManager[None]:
         """For the model that is going to be trained: of one that is cut no numbers are read yet.
@@ -107,12 +115,13 @@ class Parallel:
     def evaluating(self, model: nn.Module) -> Iterator[None]:
         """For evaluations, which may call a part of the model by itself, as generation does with an
         encoder: what belongs to no layer is there for them all along."""
-        if not isinstance(model, FSDPModule):
+        with nullcontext() if self.compiled is None else self.compiled.set_aside():
+            if not isinstance(model, FSDPModule):
+                yield
+                return
+            model.unshard()
             yield
-            return
-        model.unshard()
-        yield
-        model.reshard()
+            model.reshard()
 
     def gather(self, model: PreTrainedModel) -> None:
         """Make rank 0's model whole, to be delivered."""

@@ -74,6 +74,7 @@ NOT_READ: dict[str, Any] = {
         "max_length",  # the task's own limit counts, which it is part of
         "precision",
         "gradient_checkpointing",
+        "compile",
         "seed",
         "eval_every_steps",
         "contrastive_temperature",
