@@ -112,7 +112,6 @@ def test_what_the_user_says_counts() -> None:
             {"hyperparameters": {"optimizer": "adafactor", "batch_size": 8}},
             "choose another optimizer",
         ),
-        ({"task": "text-generation", "preference": {}}, "preference compares with the whole model"),
     ],
 )
 def test_what_cannot_be_in_shards_is_refused(changes: dict[str, Any], says: str) -> None:
