@@ -24,31 +24,28 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.out.mkdir(exist_ok=True)
 
+    figures: dict[str, Any] = {}
+
+    def note(part: str, found: Any) -> None:
+        """What is measured is kept, whatever becomes of the rest."""
+        figures[part] = found
+        (args.out / "figures.json").write_text(json.dumps(figures, indent=2))
+
     with tempfile.TemporaryDirectory(prefix="gpuyard-bench-") as folder:
         print("starting a local stack", flush=True)
         with service(Path(folder)) as running:
             print("jobs", flush=True)
-            done = jobs.bench(running)
+            note("jobs", jobs.bench(running))
             print("training", flush=True)
-            trained = training.bench(running, rounds=args.rounds)
+            note("training", training.bench(running, rounds=args.rounds))
             print("recovery", flush=True)
-            recovered = recovery.bench(
-                running, write_texts(running.data, "short"), rounds=args.rounds
-            )
+            texts = write_texts(running.data, "short")
+            note("recovery", recovery.bench(running, texts, rounds=args.rounds))
     print("checkpoints", flush=True)
-    saved = checkpoints.bench(args.rounds)
+    note("checkpoints", checkpoints.bench(args.rounds))
     print("generation", flush=True)
-    generated = generation.bench(
-        generation.parse_arguments(["--requests", str(args.requests), "--slots", "32"])
-    )
-    figures = {
-        "training": trained,
-        "recovery": recovered,
-        "checkpoints": saved,
-        "generation": generated,
-        "jobs": done,
-    }
-    (args.out / "figures.json").write_text(json.dumps(figures, indent=2))
+    options = ["--requests", str(args.requests), "--slots", "32"]
+    note("generation", generation.bench(generation.parse_arguments(options)))
     text = report(figures)
     (args.out / "performance.md").write_text(text)
     print(text)

@@ -41,6 +41,7 @@ from shared.rows import cut_into_shards
 from shared.specs import InferSpec
 from workers.ranks.engine.attempt import Attempt
 from workers.ranks.engine.models import ModelCache
+from workers.ranks.engine.sharing import Computations
 
 MAX_NEW_TOKENS = 128
 VOCABULARY = 8192
@@ -135,11 +136,17 @@ def with_engine(cache: ModelCache, folder: Path, prompts: list[str], slots: int)
             input_path=file.name,
         )  # fmt: skip
         loaded, warm = cache.get("text-generation", str(folder), torch.float32, torch.device("cpu"))
-        attempt = Attempt(assignment, loaded, warm)
+        computations = Computations()
+        shared = computations.join(assignment, loaded)
+        attempt = Attempt(assignment, shared, warm)
         attempt.order(tuple(cut_into_shards(Path(file.name), 64)))
         shards = []
         while attempt.busy:
-            shards += attempt.step()
+            shards += attempt.feed()
+            step, seconds = shared.step()
+            results = [answered.result for answered in step.results]
+            shards += attempt.take(results, step.tokens.get(attempt.id, 0), seconds)
+        computations.leave(shared, attempt.id)
     rows = [row for shard in sorted(shards, key=lambda s: s.index) for row in shard.results]
     return [(row["usage"]["output_tokens"], row["output"]["text"]) for row in rows]
 

@@ -85,7 +85,7 @@ def memory_taken(
     told: list[str] = []
     for each in (small, folder):
         with _watched() as most:
-            with promised(told.append) if promise else nullcontext():
+            with parallel.loading(told.append) if promise else nullcontext():
                 model = LOADS["causal-lm"](each)
             parallel.divide(model)
     assert not told, told
