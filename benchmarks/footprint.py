@@ -28,9 +28,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scheduler.footprint import RUNTIME, training_bytes, training_length
+from scheduler.footprint import training_bytes, training_length
 from scheduler.submission.models import shape_of_folder
-from shared.footprint import Configuration, configuration
+from shared.footprint import RUNTIME, Configuration, configuration
 from shared.specs import TrainSpec
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ app = Celery("bench", broker=URL)
 app.conf.update(task_ignore_result=True, worker_hijack_root_logger=False)
 
 
-@app.task(name="bench.work")
+@app.task(name="bench.work")  # type: ignore[untyped-decorator]
 def work() -> None:
     with app.connection_for_write().channel() as channel:
         channel.client.incr(DONE)

@@ -45,7 +45,7 @@ def _make(pair: Pair, place: Path) -> dict[str, Any]:
 def _model(pair: Pair, hidden: int = 384, *, head: bool = False) -> Any:
     import transformers as t
 
-    same = {"vocab_size": VOCABULARY, "pad_token_id": 0}
+    same: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0}
     match pair.model:
         case "bert":
             labels = {n: f"L{n}" for n in range(4)}
@@ -72,7 +72,7 @@ def _model(pair: Pair, hidden: int = 384, *, head: bool = False) -> Any:
             return t.T5ForConditionalGeneration(
                 t.T5Config(
                     d_model=hidden, num_layers=5, num_decoder_layers=5, num_heads=8, d_kv=48,
-                    d_ff=4 * hidden, eos_token_id=3, decoder_start_token_id=0, **same,
+                    d_ff=4 * hidden, eos_token_id=3, **{**same, "decoder_start_token_id": 0},
                 )
             )  # fmt: skip
     raise AssertionError(pair.model)

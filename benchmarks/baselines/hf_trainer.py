@@ -47,7 +47,8 @@ class OurBatches(Trainer):
     """``Trainer`` on gpuyard's batches."""
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        texts: Texts = self.train_dataset
+        texts = self.train_dataset
+        assert isinstance(texts, Texts)
         lengths = np.array([len(tokens) for tokens in texts.encoded], dtype=np.int32)
         ranks = self.args.world_size
         size = self.args.per_device_train_batch_size * ranks

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from shared.specs import Lora
 from workers.ranks import loading
-from workers.ranks.loading import promised
 from workers.ranks.promises import Promise
 from workers.ranks.train.device import Compute
 from workers.ranks.train.gang import Gang
