@@ -12,19 +12,22 @@ import logging
 import signal
 import threading
 import time
+from collections.abc import Sequence
 
 from scheduler.admission import admit
-from scheduler.dispatch import dispatch
+from scheduler.dispatch import dispatch, enlarge, shrink
+from scheduler.growth import ask_back, free_devices, grow, may_grow
 from scheduler.leader import Leadership
-from scheduler.placement import place
+from scheduler.placement import Plan, place
 from scheduler.publisher import Publisher
 from scheduler.rescue import rescue_expired
 from shared.errors import Unavailable
 from shared.settings import Settings
 from shared.store import Store
+from shared.store.batches import batch_work
 from shared.store.dispatch import set_waiting_reasons
 from shared.store.engine import WAKE_SCHEDULER
-from shared.store.snapshot import Snapshot, take_snapshot
+from shared.store.snapshot import Snapshot, WaitingJob, take_snapshot
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +127,25 @@ class Scheduler:
         jobs = {job.id: job for job in admission.ready}
         for job_id, placement in plan.placements.items():
             dispatch(self._store, term, jobs[job_id], placement, self._settings)
+        self._resize_batches(term, snapshot, admission.ready, plan)
         known = {job.id: job.waiting_reason for job in snapshot.jobs}
         reasons = admission.held_back | plan.waiting
         changed = {id: reason for id, reason in reasons.items() if known[id] != reason}
         if changed:
             self._store.call(set_waiting_reasons, changed)
+
+    def _resize_batches(
+        self, term: int, snapshot: Snapshot, waiting: Sequence[WaitingJob], plan: Plan
+    ) -> None:
+        """Batch jobs give ranks back to jobs that wait, and get the devices that nobody waits for."""
+        for asked in ask_back(snapshot.devices, waiting, plan, snapshot.batches):
+            shrink(self._store, term, asked)
+        free = free_devices(snapshot.devices, plan)
+        growing = [batch.id for batch in snapshot.batches if may_grow(batch)]
+        if free and growing:
+            work = self._store.call(batch_work, growing)
+            for growth in grow(snapshot.devices, free, snapshot.batches, work):
+                enlarge(self._store, term, growth, self._settings)
 
     def _tick_safely(self) -> None:
         try:

@@ -102,21 +102,11 @@ class _Round:
     def _find_options(self, needs: Requirements) -> _Options:
         eligible = eligible_devices(needs, self.devices)
         live = tuple(d for d in eligible if d.live)
-        by_class: dict[_Class, list[DeviceState]] = defaultdict(list)
-        by_kind: dict[bool, list[DeviceState]] = defaultdict(list)
-        for device in live:
-            by_class[_class_of(device)].append(device)
-            by_kind[device.simulated].append(device)
-        # A gang runs at the pace of its slowest rank: classes are mixed only where no single one
-        # has devices enough, busy ones included. Simulated devices never mix with real ones.
-        groups = [tuple(g) for _, g in sorted(by_class.items()) if len(g) >= needs.devices]
-        if not groups:
-            groups = [tuple(g) for _, g in sorted(by_kind.items()) if len(g) >= needs.devices]
         return _Options(
             never=unsatisfiable(needs, self.devices),
             live=live,
             silent=len(eligible) - len(live),
-            groups=groups,
+            groups=groups_of(needs, live),
             classes=frozenset(_class_of(d) for d in eligible),
         )
 
@@ -190,6 +180,23 @@ class _Round:
         return reason
 
 
+def groups_of(
+    needs: Requirements, eligible: Iterable[DeviceState]
+) -> list[tuple[DeviceState, ...]]:
+    """The sets of ``eligible`` devices that a gang may run on, busy ones included, best first.
+
+    A gang runs at the pace of its slowest rank: classes are mixed only where no single one has devices
+    enough. Simulated devices never mix with real ones.
+    """
+    by_class: dict[_Class, list[DeviceState]] = defaultdict(list)
+    by_kind: dict[bool, list[DeviceState]] = defaultdict(list)
+    for device in eligible:
+        by_class[_class_of(device)].append(device)
+        by_kind[device.simulated].append(device)
+    groups = [tuple(g) for _, g in sorted(by_class.items()) if len(g) >= needs.devices]
+    return groups or [tuple(g) for _, g in sorted(by_kind.items()) if len(g) >= needs.devices]
+
+
 def _spread(free: Sequence[DeviceState], count: int) -> list[DeviceState]:
     """``count`` of the free devices on as few hosts as can be, leaving as little over on the last of
     them as can be; on a host the least capable first. There must be that many."""
@@ -204,7 +211,7 @@ def _spread(free: Sequence[DeviceState], count: int) -> list[DeviceState]:
             host = min(enough, key=lambda h: (len(by_host[h]), h))
         else:
             host = min(by_host, key=lambda h: (-len(by_host[h]), h))
-        chosen += sorted(by_host.pop(host), key=_least_capable_first)[:lacking]
+        chosen += sorted(by_host.pop(host), key=least_capable_first)[:lacking]
     return chosen
 
 
@@ -212,7 +219,8 @@ def _class_of(device: DeviceState) -> _Class:
     return (device.capability.rank, device.simulated, device.capability.queue)
 
 
-def _least_capable_first(device: DeviceState) -> tuple[_Class, int, tuple[str | int, ...]]:
+def least_capable_first(device: DeviceState) -> tuple[_Class, int, tuple[str | int, ...]]:
+    """A key that orders devices."""
     return (_class_of(device), device.capability.memory_bytes, _device_order(device))
 
 

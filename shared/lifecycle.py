@@ -21,8 +21,8 @@ class JobState(StrEnum):
     """Has an attempt with devices reserved; hints are out. A worker's claim moves it on, or the
     scheduler takes it back when nobody claims in time."""
     RUNNING = "running"
-    """Every rank is claimed. The workers move it on by reporting the end, or the scheduler by
-    rescue once the lease ran out."""
+    """Every rank is claimed, but for those that a batch job is given while it runs. The workers move it
+    on by reporting the end, or the scheduler by rescue once the lease ran out."""
     CANCELLING = "cancelling"
     """A user cancelled while an attempt was out. The worker moves it on once all ranks are ended,
     or the scheduler by rescue."""
@@ -62,7 +62,8 @@ class LeaseState(StrEnum):
     """The right of one rank to one device. Unreleased ones reserve their device."""
 
     RESERVED = "reserved"
-    """Made at dispatch. A worker's claim moves it to held; the end of the attempt releases it."""
+    """Made at dispatch, or when a batch job grows. A worker's claim moves it to held; the end of the
+    attempt releases it."""
     HELD = "held"
     """Renewed by its worker. Released by that worker once the rank's processes are gone, by the
     scheduler once it ran out, or when its device registers anew."""
@@ -104,12 +105,23 @@ JOB_TRANSITIONS: tuple[Transition[JobState], ...] = (
     Transition(_J.DISPATCHED, _J.RUNNING, "claim_rank", "worker", "the last rank was claimed"),
     Transition(_J.DISPATCHED, _J.CANCELLED, "cancel_job", "api", "no rank was claimed yet"),
     Transition(_J.DISPATCHED, _J.CANCELLING, "cancel_job", "api", "the user cancelled it"),
-    Transition(_J.DISPATCHED, _J.QUEUED, "end_attempt", "worker, scheduler", "it is tried again"),
-    Transition(_J.DISPATCHED, _J.FAILED, "end_attempt", "worker, scheduler", "no retry is left"),
+    Transition(_J.DISPATCHED, _J.QUEUED, "fail_rank", "worker", "it is tried again"),
+    Transition(_J.DISPATCHED, _J.QUEUED, "lose_rank", "worker, scheduler", "it is tried again"),
+    Transition(_J.DISPATCHED, _J.FAILED, "fail_rank", "worker", "no retry is left"),
+    Transition(_J.DISPATCHED, _J.FAILED, "lose_rank", "worker, scheduler", "no retry is left"),
     Transition(_J.RUNNING, _J.SUCCEEDED, "finish_rank", "worker", "every rank succeeded"),
+    Transition(
+        _J.RUNNING,
+        _J.SUCCEEDED,
+        "lose_rank",
+        "worker, scheduler",
+        "the last rank of a batch job was lost after the last row",
+    ),
     Transition(_J.RUNNING, _J.CANCELLING, "cancel_job", "api", "the user cancelled it"),
-    Transition(_J.RUNNING, _J.QUEUED, "end_attempt", "worker, scheduler", "it is tried again"),
-    Transition(_J.RUNNING, _J.FAILED, "end_attempt", "worker, scheduler", "no retry is left"),
+    Transition(_J.RUNNING, _J.QUEUED, "fail_rank", "worker", "it is tried again"),
+    Transition(_J.RUNNING, _J.QUEUED, "lose_rank", "worker, scheduler", "it is tried again"),
+    Transition(_J.RUNNING, _J.FAILED, "fail_rank", "worker", "no retry is left"),
+    Transition(_J.RUNNING, _J.FAILED, "lose_rank", "worker, scheduler", "no retry is left"),
     Transition(_J.CANCELLING, _J.CANCELLED, "leave_attempt", "worker", "the last rank is gone"),
     Transition(
         _J.CANCELLING,
@@ -118,9 +130,8 @@ JOB_TRANSITIONS: tuple[Transition[JobState], ...] = (
         "worker",
         "the last rank had finished, others left",
     ),
-    Transition(
-        _J.CANCELLING, _J.CANCELLED, "end_attempt", "worker, scheduler", "its attempt ended"
-    ),
+    Transition(_J.CANCELLING, _J.CANCELLED, "fail_rank", "worker", "its attempt ended"),
+    Transition(_J.CANCELLING, _J.CANCELLED, "lose_rank", "worker, scheduler", "its attempt ended"),
     Transition(
         _J.CANCELLING,
         _J.SUCCEEDED,
@@ -133,18 +144,19 @@ JOB_TRANSITIONS: tuple[Transition[JobState], ...] = (
 _A = AttemptState
 ATTEMPT_TRANSITIONS: tuple[Transition[AttemptState], ...] = (
     Transition(_A.DISPATCHED, _A.RUNNING, "claim_rank", "worker", "the last rank was claimed"),
-    Transition(_A.DISPATCHED, _A.FAILED, "end_attempt", "worker", "a rank failed at its start"),
+    Transition(_A.DISPATCHED, _A.FAILED, "fail_rank", "worker", "a rank failed at its start"),
     Transition(_A.DISPATCHED, _A.CANCELLED, "cancel_job", "api", "no rank was claimed yet"),
     Transition(_A.DISPATCHED, _A.CANCELLED, "leave_attempt", "worker", "cancelled, ranks are gone"),
     Transition(_A.DISPATCHED, _A.CANCELLED, "finish_rank", "worker", "cancelled, ranks are gone"),
-    Transition(_A.DISPATCHED, _A.LOST, "end_attempt", "scheduler", "nobody claimed it in time"),
-    Transition(_A.DISPATCHED, _A.LOST, "release_lease", "worker", "a rank was given up"),
+    Transition(_A.DISPATCHED, _A.LOST, "lose_rank", "worker, scheduler", "nobody took or kept it"),
     Transition(_A.RUNNING, _A.SUCCEEDED, "finish_rank", "worker", "every rank succeeded"),
-    Transition(_A.RUNNING, _A.FAILED, "end_attempt", "worker", "a rank failed"),
+    Transition(
+        _A.RUNNING, _A.SUCCEEDED, "lose_rank", "worker, scheduler", "lost after the last row"
+    ),
+    Transition(_A.RUNNING, _A.FAILED, "fail_rank", "worker", "a rank failed"),
     Transition(_A.RUNNING, _A.CANCELLED, "leave_attempt", "worker", "cancelled, ranks are gone"),
     Transition(_A.RUNNING, _A.CANCELLED, "finish_rank", "worker", "cancelled, ranks are gone"),
-    Transition(_A.RUNNING, _A.LOST, "end_attempt", "scheduler", "a lease ran out"),
-    Transition(_A.RUNNING, _A.LOST, "release_lease", "worker", "a rank was given up"),
+    Transition(_A.RUNNING, _A.LOST, "lose_rank", "worker, scheduler", "a lease ran out"),
 )
 
 _LEGAL_JOB = {(t.source, t.target) for t in JOB_TRANSITIONS}

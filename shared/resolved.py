@@ -19,6 +19,9 @@ class Requirements(BaseModel):
     """The fewest that an attempt can run on."""
     world_sizes: tuple[int, ...] = ()
     """Ascending, where there is a choice: all numbers of devices that it can run on."""
+    most: int | None = None
+    """Of a batch job: the most devices that it may have at once, as it starts on one and is given more
+    while it runs; None: as many as are free."""
     accelerator: Accelerator
     memory_bytes: int = 0
     compute_capability: int = 0

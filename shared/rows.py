@@ -75,6 +75,24 @@ def read_lines(path: Path, shard: Shard) -> list[tuple[int, bytes]]:
     return [(shard.first_row + i, line) for i, line in enumerate(lines)]
 
 
+def find_row(path: Path, shard: Shard, row: int) -> int:
+    """Where in the file row ``row`` of the input begins, which is in this shard: a byte.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is not the one that the shard was cut from.
+    """
+    offset, number = shard.offset, shard.first_row - 1
+    with path.open("rb") as file:
+        file.seek(shard.offset)
+        while offset < shard.offset + shard.length and (line := file.readline()):
+            number += bool(line.strip())
+            if number == row:
+                return offset
+            offset += len(line)
+    raise ValueError(f"{path.name} has no row {row} any more: the input file was changed")
+
+
 def result(
     row: int,
     *,

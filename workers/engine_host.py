@@ -75,6 +75,16 @@ class WarmEngine:
             process.end(grace)
             process.close()
 
+    def replace(self) -> RankProcess:
+        """End the engine and start another. By the one who uses it.
+
+        Raises:
+            LaunchFailed: no engine could be started.
+        """
+        self.discard()
+        self._process = self._start()
+        return self._process
+
     def end(self) -> None:
         """End the engine, once nobody uses it."""
         with self._lock:

@@ -20,7 +20,6 @@ from gpuyard.cli.watch import watch as follow_to_its_end
 from gpuyard.errors import JobFailed
 from shared.errors import Conflict, DataError
 from shared.lifecycle import JobState
-from shared.specs import Resources
 
 
 def register(app: typer.Typer) -> None:
@@ -96,8 +95,8 @@ def logs(
         for piece in pieces:
             session.emit(piece)
         return
-    resources = Resources.model_validate(session.client.job(job).spec["resources"])
-    printer = _LinePrinter(prefixed=resources.most > 1 and rank is None)
+    devices = session.client.job(job).spec["resources"]["devices"]
+    printer = _LinePrinter(prefixed=devices != 1 and rank is None)
     for piece in pieces:
         printer.add(piece.attempt, piece.rank, piece.text)
     printer.end()

@@ -22,7 +22,7 @@ from shared.errors import InvalidRequest
 from shared.lifecycle import JobState
 from shared.store import read
 from shared.store.cancel import cancel_job
-from shared.store.report import row_totals
+from shared.store.ledger import row_totals
 from shared.views import EventView, JobDetail, JobView, LogView, MetricView, Page
 
 router = APIRouter(tags=["jobs"])

@@ -20,7 +20,7 @@ from shared.errors import InvalidRequest, Unavailable
 from shared.lifecycle import JobState
 from shared.rows import unpack_results
 from shared.store import read
-from shared.store.report import row_totals
+from shared.store.ledger import row_totals
 from shared.tables import Shard
 
 router = APIRouter(tags=["results"])
@@ -76,7 +76,6 @@ async def get_results(
     after_row: Annotated[
         int, Query(ge=-1, description="Only rows with a higher number: resumes a broken stream.")
     ] = -1,
-    after_shard: Annotated[int, Query(ge=-1, description="Only shards with a higher index.")] = -1,
     follow: Annotated[bool, Query(description="Wait for more rows until the job is over.")] = False,
 ) -> StreamingResponse:
     """What is committed, also while the job runs; rows appear shard by shard.
@@ -95,7 +94,7 @@ async def get_results(
         "Cache-Control": "no-store",
         "X-Accel-Buffering": "no",
     }
-    body = _rows(context, job_id, after_row, after_shard, follow)
+    body = _rows(context, job_id, after_row, follow)
     return StreamingResponse(body, media_type="application/x-ndjson", headers=headers)
 
 
@@ -116,39 +115,42 @@ def _begin(session: Session, job_id: str) -> _Start:
     return _Start(JobState(job.state), row_totals(session, job_id))
 
 
-def _next(session: Session, job_id: str, after: int, follow: bool) -> tuple[bool, list[Shard]]:
-    """(whether the job is over, shards after ``after``). The state is read first: if it is terminal,
-    the shards are all there will be."""
+def _next(session: Session, job_id: str, after_row: int, follow: bool) -> tuple[bool, list[Shard]]:
+    """(whether the job is over, shards with rows beyond ``after_row``). The state is read first: if it is
+    terminal, the shards are all there will be."""
     over = JobState(find_job(session, job_id).state).terminal
-    shards = list(read.committed_shards(session, job_id, after, _AT_ONCE))
+    shards = list(read.committed_shards(session, job_id, after_row, _AT_ONCE))
     if not follow or over:
         return over, shards
     # While the job runs a gap may still be filled: nothing is delivered past it.
-    whole = [s for place, s in enumerate(shards, after + 1) if s.index == place]
+    whole: list[Shard] = []
+    for shard in shards:
+        if shard.first_row > after_row + 1:
+            break
+        whole.append(shard)
+        after_row = shard.first_row + shard.rows - 1
     return over, whole
 
 
 async def _rows(
-    context: Context, job_id: str, after_row: int, after_shard: int, follow: bool
+    context: Context, job_id: str, after_row: int, follow: bool
 ) -> AsyncIterator[bytes]:
-    after = after_shard
     sent_at = time.monotonic()
     with context.wakeups.subscribe(job_id) as woken:
         while not context.wakeups.closing:
             woken.clear()
             try:
                 over, shards = await run_in_threadpool(
-                    context.store.call, _next, job_id, after, follow
+                    context.store.call, _next, job_id, after_row, follow
                 )
             except Unavailable:
                 if not follow:
                     raise
                 over, shards = False, []
             for shard in shards:
-                after = shard.index
-                if shard.first_row + shard.rows > after_row + 1:
-                    yield await run_in_threadpool(_lines, shard, after_row)
-                    sent_at = time.monotonic()
+                yield await run_in_threadpool(_lines, shard, after_row)
+                after_row = shard.first_row + shard.rows - 1
+                sent_at = time.monotonic()
             if shards:
                 continue
             if over or not follow:

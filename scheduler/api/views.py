@@ -55,7 +55,7 @@ def job_detail(
     leases: Sequence[Lease],
     totals: dict[str, int] | None,
 ) -> JobDetail:
-    """``totals``: of a batch job, see ``shared.store.report.row_totals``."""
+    """``totals``: of a batch job, see ``shared.store.ledger.row_totals``."""
     return JobDetail(
         **_job_fields(job),
         spec=job.spec,

@@ -22,11 +22,12 @@ def asked(spec: TrainSpec | InferSpec) -> Requirements:
     resources = spec.resources
     precision = spec.hyperparameters.precision if isinstance(spec, TrainSpec) else spec.precision
     features: tuple[Feature, ...] = ("bf16",) if precision == "bf16" else ()
-    usable = spec.world_sizes.usable if isinstance(spec, TrainSpec) else (resources.most,)
+    usable = spec.world_sizes.usable if isinstance(spec, TrainSpec) else (1,)
     capability = max(resources.min_compute_capability or 0, TF32 if precision == "tf32" else 0)
     return Requirements(
         devices=usable[0],
         world_sizes=usable if len(usable) > 1 else (),
+        most=spec.resources.most if isinstance(spec, InferSpec) else None,
         accelerator=resources.accelerator,
         memory_bytes=int((resources.memory_gb or 0) * GIB),
         compute_capability=round(capability * 10),

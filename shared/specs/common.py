@@ -54,18 +54,12 @@ Devices = Annotated[
 ]
 
 
-class Resources(Strict):
-    """What a job *needs*; placement takes the least capable devices that have it.
+class DeviceNeeds(Strict):
+    """What a job *needs* of each device; placement takes the least capable devices that have it.
 
     Left empty, ``memory_gb`` comes from the footprint estimate of the model.
     """
 
-    devices: Devices = Field(
-        1,
-        description="World size: one rank per device. A training may give {min, max}: each attempt "
-        "runs on as many as are free then.",
-        examples=[2, {"min": 2, "max": 8}],
-    )
     accelerator: Accelerator = Field(
         "auto", description="auto: CUDA devices where the fleet has any that fit, else CPU slots."
     )
@@ -81,6 +75,17 @@ class Resources(Strict):
             raise ValueError("accelerator 'cpu' has no compute capability: drop one of the two")
         return self
 
+
+class Resources(DeviceNeeds):
+    """What a training needs."""
+
+    devices: Devices = Field(
+        1,
+        description="World size: one rank per device. With {min, max} each attempt runs on as many as "
+        "are free then.",
+        examples=[2, {"min": 2, "max": 8}],
+    )
+
     @property
     def least(self) -> int:
         """Devices that must be free for the job to start."""
@@ -88,6 +93,31 @@ class Resources(Strict):
 
     @property
     def most(self) -> int:
+        return self.devices.max if isinstance(self.devices, DeviceRange) else self.devices
+
+
+class BatchResources(DeviceNeeds):
+    """What a batch job needs. It starts on one device and is given more while it runs."""
+
+    devices: Devices | None = Field(
+        None,
+        description="The most devices that it may have at once: a number, or {min: 1, max}. Left out: as "
+        "many as are free.",
+        examples=[4, {"min": 1, "max": 4}],
+    )
+
+    @model_validator(mode="after")
+    def _starts_on_one(self) -> Self:
+        if isinstance(self.devices, DeviceRange) and self.devices.min != 1:
+            raise ValueError(
+                f"a batch job starts on one device and is given more while it runs: "
+                f"resources.devices.min must be 1, not {self.devices.min}"
+            )
+        return self
+
+    @property
+    def most(self) -> int | None:
+        """None: as many as are free."""
         return self.devices.max if isinstance(self.devices, DeviceRange) else self.devices
 
 
@@ -122,7 +152,6 @@ MODEL_NAME = r"[a-z0-9][a-z0-9._-]{0,63}"
 
 class JobFields(Strict):
     name: str | None = Field(None, max_length=200, description="A label of your own.")
-    resources: Resources = Resources()
     priority: int = Field(0, ge=-100, le=100, description="Higher goes first; equal: older first.")
     retry: Retry = Retry()
     timeout_seconds: float | None = Field(

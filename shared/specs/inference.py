@@ -6,7 +6,16 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.specs.common import GENERATIVE, MODEL, MODELS, JobFields, Precision, Strict, Task
+from shared.specs.common import (
+    GENERATIVE,
+    MODEL,
+    MODELS,
+    BatchResources,
+    JobFields,
+    Precision,
+    Strict,
+    Task,
+)
 
 
 class Generation(Strict):
@@ -105,6 +114,7 @@ class InferSpec(JobFields):
         None, ge=0, description="Fails the job when more rows than this fail; none: never."
     )
     precision: Precision = "auto"
+    resources: BatchResources = BatchResources()
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
@@ -114,8 +124,6 @@ class InferSpec(JobFields):
             raise ValueError(f"generation options do not apply to task '{self.task}'")
         if self.embedding is not None and self.task != "embeddings":
             raise ValueError(f"embedding options do not apply to task '{self.task}'")
-        if self.resources.devices != 1:
-            raise ValueError("an inference job runs on one device: resources.devices must be 1")
         return self
 
     @property

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.specs.common import MODEL, MODEL_NAME, MODELS, JobFields, Task
+from shared.specs.common import MODEL, MODEL_NAME, MODELS, JobFields, Resources, Task
 from shared.specs.data import (
     ARCHITECTURE_TASKS,
     PLAIN_TEXT_TASKS,
@@ -76,6 +76,7 @@ class TrainSpec(JobFields):
         description="Publish the model under this name, as its next version, once the job succeeds.",
     )
     early_stopping: EarlyStopping | None = None
+    resources: Resources = Resources()
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

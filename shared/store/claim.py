@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import case, update
-from sqlmodel import Session, col, select
+from sqlmodel import Session, col, func, select
 
 from shared.capability import device_queue
 from shared.lifecycle import AttemptState, JobState, LeaseState
 from shared.messages import EndedAttempt, Hint
 from shared.store.dispatch import drop_hints
 from shared.store.engine import WAKE_ATTEMPT, WAKE_SCHEDULER, after, db_now, wake
+from shared.store.growth import others_compute
 from shared.store.guard import (
     Holder,
     attempt_and_lease,
@@ -68,12 +70,15 @@ class Claimed:
     """The best models that those build on, in the same order."""
     ended: tuple[EndedAttempt, ...] = ()
     """The attempts before this one, oldest first."""
+    seconds_running: float = 0.0
+    """How long the attempt runs already: above 0 for a rank that a batch job was given later."""
 
 
 def claim_rank(
     session: Session, hint: Hint, device_id: str, worker_id: str, lease_ttl: float
 ) -> Claimed | Refusal:
-    """reserved -> held. With the last rank of the attempt: dispatched -> running, job and attempt.
+    """reserved -> held. With the last rank of the attempt: dispatched -> running, job and attempt. A
+    running batch job may be given further ranks, which just begin.
 
     A hint of a class queue may reach another device of the class than the one reserved: the
     reservation then moves to the claiming device, or changes places with the claiming device's own.
@@ -111,8 +116,11 @@ def claim_rank(
         session, job, "claimed", f"{device_id} took rank {hint.rank}",
         attempt=attempt.number, rank=hint.rank, device=device_id,
     )  # fmt: skip
-    if not _ranks(session, attempt.id, LeaseState.RESERVED):
+    if attempt.state == AttemptState.DISPATCHED and not _reserved(session, attempt.id):
         _start(session, job, attempt)
+        running = 0.0
+    else:
+        running = _seconds_since(session, attempt.started_at)
     checkpoints, best = _checkpoints(session, job.id)
     return Claimed(
         holder=Holder(job.id, attempt.id, attempt.token, hint.rank, worker_id),
@@ -125,6 +133,7 @@ def claim_rank(
         checkpoints=checkpoints,
         best=best,
         ended=_ended(session, job.id, attempt.number),
+        seconds_running=running,
     )
 
 
@@ -205,9 +214,18 @@ def _lock_open_leases(session: Session, lease: Lease, device_id: str) -> Sequenc
         session.refresh(lease)  # a third claim moved it while we waited
 
 
-def _ranks(session: Session, attempt_id: str, state: LeaseState) -> list[int]:
-    rows = select(Lease.rank).where(Lease.attempt_id == attempt_id, Lease.state == state)
-    return list(session.exec(rows).all())
+def _reserved(session: Session, attempt_id: str) -> bool:
+    left = select(Lease.rank).where(
+        Lease.attempt_id == attempt_id, Lease.state == LeaseState.RESERVED
+    )
+    return session.exec(left.limit(1)).first() is not None
+
+
+def _seconds_since(session: Session, started_at: datetime | None) -> float:
+    if started_at is None:
+        return 0.0
+    now: datetime = session.exec(select(func.clock_timestamp())).one()
+    return max(0.0, (now - started_at).total_seconds())
 
 
 def _checkpoints(
@@ -254,6 +272,9 @@ class Answer(StrEnum):
     """What a renewal is answered with."""
 
     GO_ON = "go_on"
+    LEAVE = "leave"
+    """Of a batch job: the device is wanted back, and other ranks go on. Finish what is computed now, lease
+    no more, then ``finish_rank``."""
     CANCEL = "cancel"
     """The user cancelled the job: end the ranks, then ``leave_attempt``."""
     STOP = "stop"
@@ -280,6 +301,8 @@ def renew_lease(session: Session, holder: Holder, lease_ttl: float) -> Renewal:
     )
     if rows.job.state == JobState.CANCELLING:
         return Renewal(Answer.CANCEL)
+    if rows.lease.asked_back and others_compute(session, holder.attempt_id, holder.rank):
+        return Renewal(Answer.LEAVE)
     running = rows.attempt.state == AttemptState.RUNNING
     return Renewal(Answer.GO_ON, rows.attempt.rendezvous if running else None)
 

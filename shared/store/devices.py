@@ -11,10 +11,11 @@ from sqlmodel import Session, col, select
 
 from shared import ids
 from shared.capability import Capability
-from shared.lifecycle import AttemptState, FailureClass, LeaseState
+from shared.lifecycle import FailureClass, LeaseState
 from shared.store.engine import WAKE_SCHEDULER, db_now, wake
-from shared.store.finish import Failure, end_attempt
-from shared.store.guard import lock_job, release
+from shared.store.finish import Failure, lose_rank
+from shared.store.growth import ask_back_ranks
+from shared.store.guard import lock_job
 from shared.tables import Attempt, Device, Lease, Worker
 
 
@@ -73,8 +74,8 @@ def register_device(session: Session, facts: DeviceFacts, pid: int, version: str
 
 
 def _end_left_overs(session: Session, device_id: str, state: LeaseState, message: str) -> None:
-    """End the attempts that have a lease of this state on the device. A rank that nobody claimed yet
-    costs the job no try."""
+    """Take back the leases of this state on the device, and with them the attempts that cannot do
+    without (``lose_rank``). A rank that nobody claimed yet costs the job no try."""
     failure = (
         Failure(FailureClass.LOST_WORKER, "worker_restarted", message)
         if state is LeaseState.HELD
@@ -86,13 +87,12 @@ def _end_left_overs(session: Session, device_id: str, state: LeaseState, message
         .where(Lease.device_id == device_id, Lease.state == state)
     ).all()
     for lease, attempt in left:
-        lock_job(session, attempt.job_id)
+        job = lock_job(session, attempt.job_id)
         session.refresh(lease)
-        if lease.state != state or lease.device_id != device_id:
+        if job is None or lease.state != state or lease.device_id != device_id:
             continue
-        release(lease)
-        session.flush()
-        end_attempt(session, attempt.job_id, attempt.id, attempt.token, AttemptState.LOST, failure)
+        session.refresh(attempt)
+        lose_rank(session, job, attempt, lease, failure)
 
 
 def heartbeat(session: Session, worker_id: str, warm: list[str] | None = None) -> bool:
@@ -113,10 +113,12 @@ def heartbeat(session: Session, worker_id: str, warm: list[str] | None = None) -
 
 
 def drain_device(session: Session, worker_id: str) -> bool:
-    """Give the device no new work, and what it has not begun to another; what it runs goes on."""
+    """Give the device no new work, and what it has not begun to another; what it runs goes on, but for
+    a rank of a batch job, which leaves if others go on."""
     device = _set_state(session, worker_id, "draining")
     if device is not None:
         _end_left_overs(session, device, LeaseState.RESERVED, f"{device} is being drained")
+        ask_back_ranks(session, device)
         wake(session, WAKE_SCHEDULER)
     return device is not None
 

@@ -50,21 +50,7 @@ def dispatch_attempt(
     if job is None or job.state != JobState.QUEUED or _open_leases(session, job_id):
         return None
     chosen = [p.device_id for p in placed]
-    live = session.exec(
-        select(Device.id)
-        .join(Worker, col(Worker.id) == col(Device.worker_id))
-        .where(
-            col(Device.id).in_(chosen),
-            Device.state == "up",
-            col(Worker.ended_at).is_(None),
-            col(Worker.heartbeat_at) > after(-device_timeout),
-            ~select(Lease.rank)
-            .where(Lease.device_id == Device.id, Lease.state != LeaseState.RELEASED)
-            .exists(),
-        )
-        .with_for_update(of=Device)
-    ).all()
-    if set(live) != set(chosen) or len(set(chosen)) != len(chosen):
+    if not lock_free_devices(session, chosen, device_timeout):
         return None
     number = session.exec(select(func.count()).where(Attempt.job_id == job_id)).one() + 1
     job.token += 1
@@ -111,6 +97,25 @@ def dispatch_attempt(
         queues=[p.queue for p in placed],
     )
     return attempt
+
+
+def lock_free_devices(session: Session, chosen: Sequence[str], device_timeout: float) -> bool:
+    """Lock these devices, each named once; whether all are up, heard of lately, and free."""
+    live = session.exec(
+        select(Device.id)
+        .join(Worker, col(Worker.id) == col(Device.worker_id))
+        .where(
+            col(Device.id).in_(chosen),
+            Device.state == "up",
+            col(Worker.ended_at).is_(None),
+            col(Worker.heartbeat_at) > after(-device_timeout),
+            ~select(Lease.rank)
+            .where(Lease.device_id == Device.id, Lease.state != LeaseState.RELEASED)
+            .exists(),
+        )
+        .with_for_update(of=Device)
+    ).all()
+    return set(live) == set(chosen) and len(set(chosen)) == len(chosen)
 
 
 def _open_leases(session: Session, job_id: str) -> bool:

@@ -1,11 +1,15 @@
 """Steps 7 and 8: the end of a rank, of an attempt, and of a job.
 
-``finish_rank``, ``leave_attempt`` and ``release_lease`` are called by the worker once no process of
-the rank is left; ``end_attempt`` also by the scheduler's rescue.
+``finish_rank``, ``fail_rank``, ``leave_attempt`` and ``release_lease`` are called by the worker once no
+process of the rank is left; ``lose_rank`` by the scheduler's rescue and by registration.
+
+The ranks of a training end together. Those of a batch job come and go: one that finished, or was lost,
+ends the attempt only if no other rank computes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +33,8 @@ from shared.store.guard import (
     storable,
     tell,
 )
+from shared.store.ledger import row_totals
 from shared.store.models import publish_locked
-from shared.store.report import row_totals
 from shared.tables import Attempt, Device, Job, Lease
 
 
@@ -49,23 +53,37 @@ class Failure:
         return dict(storable({"code": self.code, "message": self.message, "hint": self.hint}))
 
 
+_OF_ONE_RANK = (
+    FailureClass.PREEMPTED,
+    FailureClass.LOST_WORKER,
+    FailureClass.LOST_DEVICE,
+    FailureClass.INFRASTRUCTURE,
+)
+"""Ends that say nothing about the job, as long as other ranks compute it."""
+
+
+class RowsLeft(Exception):
+    """Rows are open that nobody else computes: the rank has to go on. Nothing was changed."""
+
+
 def finish_rank(session: Session, holder: Holder, summary: dict[str, Any]) -> bool:
     """This rank ended well. With the last one, attempt and job succeed. False: stale.
 
-    Rank 0's summary becomes the job's. A batch job also has to have all its shards: otherwise the
-    rank has not ended well, which is a defect and raises.
+    Rank 0's summary becomes a training's; those of a batch job's ranks are put together.
+
+    Raises:
+        RowsLeft: of a batch job, whose last rank this is.
     """
     rows = held(session, holder)
     if rows is None:
         return False
     job, attempt, lease = rows.job, rows.attempt, rows.lease
-    if job.kind == "infer":
-        totals = row_totals(session, job.id)
-        if totals["done"] != totals["rows"]:
-            raise AssertionError(f"{job.id} has {totals['done']} of {totals['rows']} rows")
-        summary = {**summary, **totals}
-    release(lease)
     lease.succeeded = True
+    release(lease)
+    if job.kind == "infer":
+        _finish_batch_rank(session, rows, summary)
+        wake(session, WAKE_SCHEDULER)
+        return True
     peak = summary.get("peak_memory_bytes")
     as_submitted = attempt.micro_batch is None  # what is known is about that
     if as_submitted and job.footprint_key is not None and isinstance(peak, int) and peak > 0:
@@ -78,23 +96,64 @@ def finish_rank(session: Session, holder: Holder, summary: dict[str, Any]) -> bo
         # A cancelled gang in which some ranks left and this one had finished before it heard.
         _cancel_with_last_rank(session, job, attempt)
     elif all(other.succeeded for other in others):
-        move_attempt(attempt, AttemptState.SUCCEEDED)
-        attempt.finished_at = db_now()  # type: ignore[assignment]
-        move_job(job, JobState.SUCCEEDED)
-        job.finished_at = db_now()  # type: ignore[assignment]
-        tell(session, job, "succeeded", "succeeded", attempt=attempt.number, summary=job.summary)
-        if name := job.spec.get("publish"):
-            publish_locked(session, job, name, created_by=job.created_by or "")
+        _succeed(session, job, attempt)
     wake(session, WAKE_SCHEDULER)
     return True
 
 
+def _finish_batch_rank(session: Session, rows: Held, summary: dict[str, Any]) -> None:
+    job, attempt = rows.job, rows.attempt
+    session.flush()
+    totals = row_totals(session, job.id)
+    known = job.summary or {}
+    spent = {
+        name: round(known.get(name, 0) + summary[name], 3)
+        for name in ("compute_seconds", "load_seconds")
+        if name in summary
+    }
+    job.summary = storable({**known, **summary, **spent, **totals})
+    if _held_ranks(session, attempt.id):
+        if job.state == JobState.RUNNING:
+            rank, device = rows.lease.rank, rows.lease.device_id
+            tell(
+                session, job, "rank_left", f"rank {rank} leaves {device}; others go on",
+                attempt=attempt.number, rank=rank, device=device,
+            )  # fmt: skip
+    elif totals["done"] == totals["rows"]:
+        _succeed(session, job, attempt)
+    elif job.state == JobState.CANCELLING:
+        _cancel_with_last_rank(session, job, attempt)
+    else:
+        raise RowsLeft(f"{job.id} has {totals['done']} of {totals['rows']} rows")
+
+
+def _succeed(session: Session, job: Job, attempt: Attempt) -> None:
+    move_attempt(attempt, AttemptState.SUCCEEDED)
+    attempt.finished_at = db_now()  # type: ignore[assignment]
+    _release_reserved(session, attempt)
+    move_job(job, JobState.SUCCEEDED)
+    job.finished_at = db_now()  # type: ignore[assignment]
+    if job.kind == "infer" and job.progress is not None and job.summary is not None:
+        rows = job.summary["rows"]
+        job.progress = {**job.progress, "step": rows, "total_steps": rows}
+    tell(session, job, "succeeded", "succeeded", attempt=attempt.number, summary=job.summary)
+    if name := job.spec.get("publish"):
+        publish_locked(session, job, name, created_by=job.created_by or "")
+
+
 def fail_rank(session: Session, holder: Holder, failure: Failure) -> bool:
-    """This rank failed, and with it the attempt. False: stale (another rank was first, say)."""
+    """This rank failed, and with it the attempt. False: stale (another rank was first, say).
+
+    A batch job loses only the rank, as long as others go on and nothing is wrong with the job itself.
+    """
     rows = held(session, holder)
     if rows is None:
         return False
     release(rows.lease)
+    session.flush()
+    if failure.failure_class in _OF_ONE_RANK and _goes_on(session, rows.job, rows.attempt):
+        _tell_lost(session, rows.job, rows.attempt, rows.lease, failure)
+        return True
     if failure.failure_class is FailureClass.OUT_OF_MEMORY:
         # Before the job is queued: it goes on where it was, with less at once.
         _remember_out_of_memory(session, rows)
@@ -137,10 +196,7 @@ def leave_attempt(session: Session, holder: Holder) -> bool:
 
 
 def _cancel_with_last_rank(session: Session, job: Job, attempt: Attempt) -> None:
-    open_ranks = session.exec(
-        select(Lease.rank).where(Lease.attempt_id == attempt.id, Lease.state == LeaseState.HELD)
-    ).all()
-    if not open_ranks:
+    if not _held_ranks(session, attempt.id):
         reason = job.cancel_reason or "by the user"
         cancelled = Failure(FailureClass.CANCELLED, "cancelled", reason)
         _end(session, job, attempt, AttemptState.CANCELLED, cancelled)
@@ -151,7 +207,7 @@ def release_lease(session: Session, holder: Holder) -> bool:
     it was released before.
 
     Meant for stale ranks. Should the attempt still be out (the worker gave up renewing, and nobody
-    has rescued it), it is lost with this: without a lease nothing else would ever end it.
+    has rescued it), the rank is lost with this: without a lease nothing else would ever end it.
     """
     job = lock_job(session, holder.job_id)
     attempt = session.get(Attempt, holder.attempt_id, populate_existing=True)
@@ -160,55 +216,80 @@ def release_lease(session: Session, holder: Holder) -> bool:
         return False
     if lease.state != LeaseState.HELD or lease.worker_id != holder.worker_id:
         return False
+    abandoned = Failure(
+        FailureClass.LOST_WORKER,
+        "abandoned",
+        f"{lease.device_id} gave up rank {lease.rank}: it could not keep its lease",
+        "See whether its host reaches Postgres.",
+    )
+    lose_rank(session, job, attempt, lease, abandoned)
+    return True
+
+
+def lose_rank(session: Session, job: Job, attempt: Attempt, lease: Lease, failure: Failure) -> None:
+    """Release the lease of a rank that nobody runs (any more), whether its attempt is over or out. The
+    caller holds the job's lock and knows that the lease is not released.
+
+    An attempt that is out is lost with it. A batch job goes on as long as other ranks compute, and what
+    this one had leased is open again; with its last rank lost it succeeds all the same if all rows are
+    committed.
+    """
     release(lease)
     session.flush()
-    if not AttemptState(attempt.state).terminal:
-        abandoned = Failure(
-            FailureClass.LOST_WORKER,
-            "abandoned",
-            f"{lease.device_id} gave up rank {lease.rank}: it could not keep its lease",
-            "See whether its host reaches Postgres.",
-        )
-        _end(session, job, attempt, AttemptState.LOST, abandoned)
     wake(session, WAKE_SCHEDULER)
-    return True
+    if job.token != attempt.token or AttemptState(attempt.state).terminal:
+        return
+    if _goes_on(session, job, attempt):
+        _tell_lost(session, job, attempt, lease, failure)
+    elif job.kind == "infer" and job.state == JobState.RUNNING and _complete(session, job):
+        _succeed(session, job, attempt)
+    else:
+        _end(session, job, attempt, AttemptState.LOST, failure)
 
 
-def end_attempt(
-    session: Session,
-    job_id: str,
-    attempt_id: str,
-    token: int,
-    state: AttemptState,
-    failure: Failure,
-) -> bool:
-    """End an attempt that is out, whoever asks, and decide what follows. False: stale.
+def _goes_on(session: Session, job: Job, attempt: Attempt) -> bool:
+    """Whether the attempt can do without the rank whose lease was just released."""
+    return job.kind == "infer" and bool(_held_ranks(session, attempt.id))
 
-    Reserved leases are released here; held ones stay until their workers, who are woken, have ended
-    the ranks, or until they run out.
-    """
-    job = lock_job(session, job_id)
-    attempt = session.get(Attempt, attempt_id, populate_existing=True)
-    if job is None or attempt is None or job.token != token or AttemptState(attempt.state).terminal:
+
+def _complete(session: Session, job: Job) -> bool:
+    totals = row_totals(session, job.id)
+    if totals["done"] < totals["rows"]:
         return False
-    _end(session, job, attempt, state, failure)
+    job.summary = storable({**(job.summary or {}), **totals})
     return True
+
+
+def _tell_lost(
+    session: Session, job: Job, attempt: Attempt, lease: Lease, failure: Failure
+) -> None:
+    """A rank less; the others find open what it had leased."""
+    claimed = lease.claimed_at is not None
+    drop_hints(session, attempt.id, lease.rank)
+    wake(session, WAKE_SCHEDULER)
+    tell(
+        session, job, "rank_lost" if claimed else "rank_unclaimed",
+        f"rank {lease.rank}: {failure.message}; others go on",
+        attempt=attempt.number, rank=lease.rank, device=lease.device_id, code=failure.code,
+    )  # fmt: skip
+
+
+def _held_ranks(session: Session, attempt_id: str) -> Sequence[int]:
+    return session.exec(
+        select(Lease.rank).where(Lease.attempt_id == attempt_id, Lease.state == LeaseState.HELD)
+    ).all()
 
 
 def _end(
     session: Session, job: Job, attempt: Attempt, state: AttemptState, failure: Failure
 ) -> None:
+    """End an attempt that is out, and decide what follows. Reserved leases are released here; held ones
+    stay until their workers, who are woken, have ended the ranks, or until they run out."""
     move_attempt(attempt, state)
     attempt.finished_at = db_now()  # type: ignore[assignment]
     attempt.failure_class = failure.failure_class
     attempt.failure = failure.as_dict()
-    reserved = select(Lease).where(
-        Lease.attempt_id == attempt.id, Lease.state == LeaseState.RESERVED
-    )
-    for lease in session.exec(reserved).all():
-        release(lease)
-    drop_hints(session, attempt.id)
-    session.flush()
+    _release_reserved(session, attempt)
     wake(session, WAKE_ATTEMPT, attempt.id)
     wake(session, WAKE_SCHEDULER)
     tell(
@@ -219,6 +300,16 @@ def _end(
         _cancelled(session, job, attempt)
     else:
         _retry_or_fail(session, job, attempt, failure)
+
+
+def _release_reserved(session: Session, attempt: Attempt) -> None:
+    reserved = select(Lease).where(
+        Lease.attempt_id == attempt.id, Lease.state == LeaseState.RESERVED
+    )
+    for lease in session.exec(reserved).all():
+        release(lease)
+    drop_hints(session, attempt.id)
+    session.flush()
 
 
 def _cancelled(session: Session, job: Job, attempt: Attempt) -> None:

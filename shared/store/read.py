@@ -122,17 +122,24 @@ def get_artifact(session: Session, job_id: str, name: str) -> Artifact | None:
 
 
 def committed_shards(
-    session: Session, job_id: str, after_index: int = -1, limit: int = 16
+    session: Session, job_id: str, after_row: int = -1, limit: int = 16
 ) -> Sequence[Shard]:
-    """Shards with results, in input order."""
+    """Shards with results that have rows beyond ``after_row``, in input order."""
+    # The shard of the next row: found by the index, where the row's end would have to be computed of each.
+    begins = (
+        select(func.max(Shard.first_row))
+        .where(Shard.job_id == job_id, col(Shard.first_row) <= after_row + 1)
+        .scalar_subquery()
+    )
     return session.exec(
         select(Shard)
         .where(
             Shard.job_id == job_id,
-            col(Shard.index) > after_index,
+            col(Shard.first_row) >= begins,
+            col(Shard.first_row) + col(Shard.rows) > after_row + 1,
             col(Shard.committed_at).is_not(None),
         )
-        .order_by(col(Shard.index))
+        .order_by(col(Shard.first_row))
         .limit(limit)
     ).all()
 

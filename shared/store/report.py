@@ -1,7 +1,7 @@
 """Step 6: what a live attempt writes. Each is guarded by the holder; False means stale.
 
-A shard, a checkpoint or an artifact counts from the moment its row is committed here, and a stale
-attempt cannot make one count.
+A checkpoint or an artifact counts from the moment its row is committed here, and a stale attempt
+cannot make one count. The shards of batch jobs are in ``ledger``.
 """
 
 from __future__ import annotations
@@ -10,19 +10,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import select as sa_select
-from sqlalchemy import update
 from sqlalchemy.dialects.postgresql import insert as pg_insert
-from sqlalchemy.orm import load_only
 from sqlmodel import Session, col, func, select
 
 from shared import ids
 from shared.messages import FileDigest
-from shared.messages import Shard as ShardRange
-from shared.rows import pack_results
 from shared.store.engine import WAKE_JOB, db_now, wake
 from shared.store.guard import Holder, held, storable, tell
-from shared.tables import Artifact, Checkpoint, LogChunk, Metric, Shard
+from shared.tables import Artifact, Checkpoint, LogChunk, Metric
 
 
 def record_event(
@@ -37,11 +32,17 @@ def record_event(
 
 
 def record_progress(session: Session, holder: Holder, progress: dict[str, Any]) -> bool:
-    """The newest state of the work, for people. Overwrites the one before."""
+    """The newest state of the work, for people. Overwrites the one before; of a batch job, whose ranks
+    all report, it never goes back."""
     rows = held(session, holder)
     if rows is None:
         return False
-    rows.job.progress = {**storable(progress), "attempt": rows.attempt.number}
+    new = {**storable(progress), "attempt": rows.attempt.number}
+    if rows.job.kind == "infer":
+        new["step"] = max(
+            int(new.get("step") or 0), int((rows.job.progress or {}).get("step") or 0)
+        )
+    rows.job.progress = new
     wake(session, WAKE_JOB, holder.job_id)
     return True
 
@@ -194,74 +195,3 @@ def record_artifact(
         .on_conflict_do_update(index_elements=["attempt_id", "name"], set_=new)
     )
     return True
-
-
-def open_shards(session: Session, holder: Holder, limit: int = 10_000) -> list[ShardRange] | None:
-    """Shards without results, in order; None if stale."""
-    if held(session, holder) is None:
-        return None
-    rows = session.exec(
-        select(Shard)
-        .where(Shard.job_id == holder.job_id, col(Shard.committed_at).is_(None))
-        .order_by(col(Shard.index))
-        .limit(limit)
-    ).all()
-    return [
-        ShardRange(
-            index=s.index, first_row=s.first_row, rows=s.rows, offset=s.offset, length=s.length
-        )
-        for s in rows
-    ]
-
-
-def commit_shard(
-    session: Session, holder: Holder, index: int, results: Sequence[dict[str, Any]], seconds: float
-) -> bool:
-    """Results of a shard, once. A shard that is committed already stays as it is (and that is well:
-    only this attempt's earlier, unanswered call can have done it).
-
-    Raises:
-        AssertionError: the job has no such shard, or it has another number of rows; a defect.
-    """
-    rows = held(session, holder)
-    if rows is None:
-        return False
-    shard = session.get(Shard, (holder.job_id, index), options=[load_only(Shard.rows)])  # type: ignore[arg-type]
-    if shard is None or shard.rows != len(results):
-        raise AssertionError(f"{holder.job_id} has no shard {index} of {len(results)} rows")
-    rows.attempt.progressed = True
-    session.execute(
-        update(Shard)
-        .where(
-            col(Shard.job_id) == holder.job_id,
-            col(Shard.index) == index,
-            col(Shard.committed_at).is_(None),
-        )
-        .values(
-            attempt_id=holder.attempt_id,
-            token=holder.token,
-            results=pack_results(results),
-            errors=sum(r["error"] is not None for r in results),
-            input_tokens=sum(r["usage"]["input_tokens"] for r in results),
-            output_tokens=sum(r["usage"]["output_tokens"] for r in results),
-            seconds=seconds,
-            committed_at=db_now(),
-        )
-    )
-    wake(session, WAKE_JOB, holder.job_id)
-    return True
-
-
-def row_totals(session: Session, job_id: str) -> dict[str, int]:
-    """What is committed of a batch job: rows, done, errors, input_tokens, output_tokens."""
-    done = col(Shard.committed_at).is_not(None)
-    sums = {
-        "rows": func.sum(Shard.rows),
-        "done": func.sum(Shard.rows).filter(done),
-        "errors": func.sum(Shard.errors),
-        "input_tokens": func.sum(Shard.input_tokens),
-        "output_tokens": func.sum(Shard.output_tokens),
-    }
-    columns = [func.coalesce(total, 0).label(name) for name, total in sums.items()]
-    row = session.execute(sa_select(*columns).where(col(Shard.job_id) == job_id)).one()
-    return {name: int(value) for name, value in zip(sums, row, strict=True)}

@@ -9,9 +9,9 @@ from sqlalchemy import ColumnElement, update
 from sqlmodel import Session, col, func, select
 
 from shared.lifecycle import AttemptState, FailureClass, LeaseState
-from shared.store.engine import WAKE_SCHEDULER, after, db_now, wake
-from shared.store.finish import Failure, end_attempt
-from shared.store.guard import lock_job, release, tell
+from shared.store.engine import after, db_now
+from shared.store.finish import Failure, lose_rank
+from shared.store.guard import lock_job, tell
 from shared.store.leader import leads
 from shared.tables import Attempt, Device, Job, Lease, Outbox, Worker
 
@@ -125,8 +125,8 @@ def _is(lost: ExpiredLease) -> ColumnElement[bool]:
 def rescue_lease(
     session: Session, term: int, lost: ExpiredLease, suspect: Suspect | None = None
 ) -> bool:
-    """Release an expired lease; if its attempt is out, that ends as lost and the policy decides. Its
-    device is passed over from now on if it is ``suspect``.
+    """Release an expired lease. If its attempt is out and cannot do without the rank (``lose_rank``), that
+    ends as lost and the policy decides. Its device is passed over from now on if it is ``suspect``.
 
     False: it was renewed, released or claimed meanwhile, or this scheduler leads no more.
     """
@@ -147,8 +147,6 @@ def rescue_lease(
     if lease is None:
         return False
     was_held = lease.state == LeaseState.HELD
-    release(lease)
-    session.flush()
     if suspect is not None and not was_held and lease.device_id == lost.device_id:
         _pass_over(session, job, lost, suspect)
     if was_held:
@@ -165,8 +163,8 @@ def rescue_lease(
             f"{lease.device_id} did not take rank {lease.rank} in time",
             "See whether the broker and the worker are up.",
         )
-    end_attempt(session, lost.job_id, lost.attempt_id, lost.token, AttemptState.LOST, failure)
-    wake(session, WAKE_SCHEDULER)
+    attempt = session.get_one(Attempt, lost.attempt_id, populate_existing=True)
+    lose_rank(session, job, attempt, lease, failure)
     return True
 
 

@@ -11,6 +11,7 @@ from sqlmodel import Session, col, func, select
 from shared.capability import Capability
 from shared.lifecycle import JobState, LeaseState
 from shared.resolved import Requirements
+from shared.store.batches import RunningBatch, running_batches
 from shared.tables import Attempt, Device, Job, Lease, Worker
 
 
@@ -50,10 +51,12 @@ class Snapshot:
     jobs: tuple[WaitingJob, ...]
     """Queued ones, in no particular order."""
     devices: tuple[DeviceState, ...]
+    batches: tuple[RunningBatch, ...] = ()
+    """Batch jobs that run."""
 
 
 def take_snapshot(session: Session, device_timeout: float, limit: int = 10_000) -> Snapshot:
-    """All devices, and the ``limit`` first queued jobs by priority and age."""
+    """All devices, batch jobs that run, and the ``limit`` first queued jobs by priority and age."""
     now = session.exec(select(func.clock_timestamp())).one()
     ending = (
         select(Attempt.job_id)
@@ -94,6 +97,7 @@ def take_snapshot(session: Session, device_timeout: float, limit: int = 10_000) 
             for job in jobs
         ),
         devices=read_devices(session, now, device_timeout),
+        batches=running_batches(session),
     )
 
 

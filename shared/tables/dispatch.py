@@ -51,6 +51,7 @@ class Attempt(Table, table=True):
     token: int = Field(sa_column=big_column())
     state: str = Field(default=AttemptState.DISPATCHED, sa_column=text_column())
     world_size: int
+    """Its ranks; of a batch job, how many it has been given so far."""
     micro_batch: int | None = None
     """What its ranks hold at once, where memory had run out with more before; null: as the spec says."""
     progressed: bool = Field(default=False, sa_column=flag_column())
@@ -92,6 +93,9 @@ class Lease(Table, table=True):
     worker_id: str | None = Field(default=None, sa_column=text_column(nullable=True))
     succeeded: bool = False
     """This rank ended well."""
+    asked_back: bool = Field(default=False, sa_column=flag_column())
+    """Of a batch job: the device is wanted for another job, or its worker is being stopped. The rank
+    leaves with what it computes now, if others go on."""
     expires_at: datetime = Field(sa_column=time_column(nullable=False))
     created_at: datetime = Field(default=None, sa_column=time_column(nullable=False, now=True))
     claimed_at: datetime | None = Field(default=None, sa_column=time_column())

@@ -102,7 +102,8 @@ class Artifact(Table, table=True):
 
 class Shard(Table, table=True):
     """Rows of a batch job that are committed together. ``results`` is gzipped JSONL
-    (``shared.rows``): results live in Postgres, so that they and the token are one transaction."""
+    (``shared.rows``): results live in Postgres, so that they and the token are one transaction. The
+    shards of a job are all its rows, each once; the order is that of ``first_row``."""
 
     __tablename__ = "shards"
     __table_args__ = (
@@ -114,7 +115,13 @@ class Shard(Table, table=True):
             " AND (results IS NULL) = (token IS NULL)",
             name="committed_whole",
         ),
-        Index("ix_shards_open", "job_id", "index", postgresql_where=text("committed_at IS NULL")),
+        CheckConstraint(
+            "(leased_token IS NULL) = (leased_rank IS NULL) AND deaths >= 0", name="leased_whole"
+        ),
+        Index("uq_shards_first_row", "job_id", "first_row", unique=True),
+        Index(
+            "ix_shards_open", "job_id", "first_row", postgresql_where=text("committed_at IS NULL")
+        ),
     )
     job_id: str = Field(sa_column=reference("jobs.id", primary_key=True))
     index: int = Field(primary_key=True)
@@ -122,6 +129,12 @@ class Shard(Table, table=True):
     rows: int
     offset: int = Field(sa_column=big_column())
     length: int = Field(sa_column=big_column())
+    leased_token: int | None = Field(default=None, sa_column=big_column(nullable=True))
+    leased_rank: int | None = None
+    """Which rank of which attempt computes it, or did so last. It counts as long as that attempt is the
+    newest and that rank holds its device."""
+    deaths: int = Field(default=0, sa_column=big_column(default=0))
+    """Engines that died while they computed it. From 1 on it is computed alone."""
     attempt_id: str | None = Field(default=None, sa_column=reference("attempts.id", nullable=True))
     token: int | None = Field(default=None, sa_column=big_column(nullable=True))
     results: bytes | None = Field(default=None, sa_column=Column(LargeBinary, nullable=True))

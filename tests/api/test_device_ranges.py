@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from scheduler.submission.requirements import asked
 from shared.errors import InvalidSpec
 from shared.specs import TrainSpec, parse_spec
 from shared.specs.world_sizes import fixed_world_size, waiting_sums, world_sizes
@@ -73,10 +74,34 @@ def test_embeddings_need_two_pairs_on_the_most_devices_too() -> None:
     parse_spec({**wide, "hyperparameters": {**asked, "micro_batch_size": 2}})
 
 
-def test_a_batch_job_runs_on_one_device() -> None:
-    rows = {"kind": "infer", "task": "text-classification", "model": "m", "rows": [{"text": "a"}]}
-    with pytest.raises(InvalidSpec, match="an inference job runs on one device"):
-        parse_spec({**rows, "resources": {"devices": {"min": 1, "max": 2}}})
+BATCH = {"kind": "infer", "task": "text-classification", "model": "m", "rows": [{"text": "a"}]}
+
+
+@pytest.mark.parametrize(
+    ("devices", "most"), [(1, 1), (4, 4), ({"min": 1, "max": 3}, 3), (None, None)]
+)
+def test_a_batch_job_starts_on_one_device_and_may_have_more(devices: Any, most: int | None) -> None:
+    parsed = parse_spec({**BATCH, "resources": {"devices": devices}})
+    needs = asked(parsed)
+    assert (needs.devices, needs.world_sizes, needs.most) == (1, (), most)
+    stored = parsed.model_dump(mode="json")
+    assert stored["resources"]["devices"] == devices
+    assert parse_spec(stored) == parsed
+
+
+def test_left_out_devices_of_a_batch_job_stay_left_out() -> None:
+    stored = parse_spec(BATCH).model_dump(mode="json")
+    assert stored["resources"]["devices"] is None
+    assert asked(parse_spec(stored)).most is None
+    assert parse_spec(spec()).model_dump(mode="json")["resources"]["devices"] == 1
+
+
+def test_a_batch_job_does_not_wait_for_several_devices() -> None:
+    with pytest.raises(InvalidSpec, match=r"resources\.devices\.min must be 1, not 2") as caught:
+        parse_spec({**BATCH, "resources": {"devices": {"min": 2, "max": 3}}})
+    assert caught.value.param == "resources"
+    with pytest.raises(InvalidSpec):
+        parse_spec({**BATCH, "resources": {"devices": 0}})
 
 
 @pytest.mark.parametrize(

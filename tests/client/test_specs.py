@@ -119,3 +119,4 @@ def test_devices_are_a_number_or_a_range() -> None:
     assert needs({"devices": 1}) == "1 device"
     assert needs({"devices": 2, "world_sizes": []}) == "2 devices"
     assert needs({"devices": 2, "world_sizes": [2, 4, 8]}) == "2 to 8 devices"
+    assert needs({"devices": 1, "world_sizes": [], "most": 4}) == "1 to 4 devices"

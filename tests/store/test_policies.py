@@ -316,7 +316,7 @@ def test_attempts_go_from_active_to_terminal_or_running() -> None:
 
 
 def test_each_transition_names_a_function_of_the_store() -> None:
-    modules = ("dispatch", "claim", "finish", "cancel", "rescue")
+    modules = ("dispatch", "claim", "finish", "cancel")
     functions = {
         name
         for module in modules

@@ -12,8 +12,9 @@ from shared.lifecycle import FailureClass
 from shared.messages import FileDigest
 from shared.store import Holder, Store
 from shared.store.finish import fail_rank
+from shared.store.ledger import commit_shard
 from shared.store.read import events_after
-from shared.store.report import commit_checkpoint, commit_shard, forget_checkpoints
+from shared.store.report import commit_checkpoint, forget_checkpoints
 from shared.store.rescue import expired_leases, rescue_lease
 from shared.store.snapshot import take_snapshot
 from tests.store import world

@@ -38,8 +38,10 @@ from shared.store.cancel import cancel_job
 from shared.store.claim import Answer, Claimed, claim_rank, renew_lease
 from shared.store.devices import drain_device, end_worker
 from shared.store.dispatch import Placed, dispatch_attempt
-from shared.store.finish import fail_rank, finish_rank, leave_attempt, release_lease
-from shared.store.report import commit_checkpoint, commit_shard, record_progress
+from shared.store.finish import RowsLeft, fail_rank, finish_rank, leave_attempt, release_lease
+from shared.store.growth import Running, ask_back_rank, grow_attempt
+from shared.store.ledger import commit_shard, lease_shards, record_deaths, split_shard
+from shared.store.report import commit_checkpoint, record_progress
 from shared.store.rescue import ExpiredLease, expired_leases, rescue_lease
 from shared.tables import Device
 from tests.store import world
@@ -142,6 +144,67 @@ class JobStore(RuleBasedStateMachine):
         assert (answer is not Answer.STOP) == current
         cancelling = self.job(holder.job_id)["state"] == JobState.CANCELLING
         assert (answer is Answer.CANCEL) == (current and cancelling)
+        staying = [lease for lease in self.others(holder) if not lease["asked_back"]]
+        leaves = current and not cancelling and staying
+        asked = self.lease(holder, self.before)["asked_back"]
+        assert (answer is Answer.LEAVE) == bool(leaves and asked)
+
+    @precondition(lambda self: self.jobs)
+    @rule(n=pick, device=st.sampled_from(DEVICES), old_term=st.booleans())
+    def grow(self, n: int, device: str, old_term: bool) -> None:
+        running = self.running(n)
+        if running is None:
+            return
+        term = self.terms[0] if old_term else self.terms[-1]
+        rank = self.store.call(
+            grow_attempt, term, running, Placed(device, device_queue(device)),
+            label="x", most=None, claim_timeout=60, device_timeout=60, reason="test",
+        )  # fmt: skip
+        if rank is None:
+            assert self.nothing_changed()
+            return
+        assert term == self.terms[-1], "an old leader gave a device"
+        leases = [le for le in self.before["leases"] if le["attempt_id"] == running.attempt_id]
+        assert rank == len(leases), "a number is given once"
+        self.hints += world.hints(self.store, running.attempt_id)
+
+    @precondition(lambda self: self.jobs)
+    @rule(n=pick, rank=st.integers(0, 3))
+    def ask_back(self, n: int, rank: int) -> None:
+        running = self.running(n)
+        if running is not None:
+            asked = self.store.call(ask_back_rank, self.terms[-1], running, rank, "test")
+            assert asked or self.nothing_changed()
+
+    @precondition(lambda self: self.holders)
+    @rule(n=pick, count=st.integers(1, 3), idle=st.booleans())
+    def lease_rows(self, n: int, count: int, idle: bool) -> None:
+        holder = self.holder(n)
+        current = self.is_current(holder)
+        found = self.store.call(lease_shards, holder, count, idle=idle)
+        assert (found is not None) == current
+        others = {lease["rank"] for lease in self.others(holder)}
+        for each in found or ():
+            shard = self.shard_of(holder.job_id, each.shard.index)
+            assert not shard["committed_at"]
+            assert shard["leased_token"] != holder.token or shard["leased_rank"] not in others
+            assert idle or not each.deaths
+            assert not each.deaths or len(found or ()) == 1
+
+    @precondition(lambda self: self.holders)
+    @rule(n=pick, m=pick)
+    def engine_dies(self, n: int, m: int) -> None:
+        holder = self.holder(n)
+        leased = self.leased(holder)
+        if not leased:
+            return
+        shard = leased[m % len(leased)]
+        index, first, offset = (shard[name] for name in ("index", "first_row", "offset"))
+        if shard["deaths"] and shard["rows"] > 1:
+            cut = (index, first + 1, offset + 1, "test")
+            self.write(n, lambda h: self.store.call(split_shard, h, *cut))
+        else:
+            self.write(n, lambda h: self.store.call(record_deaths, h, [index], "test"))
 
     @precondition(lambda self: self.holders)
     @rule(n=pick, step=st.integers(0, 3))
@@ -155,18 +218,23 @@ class JobStore(RuleBasedStateMachine):
         self.write(n, lambda h: self.store.call(record_progress, h, {"step": step}))
 
     @precondition(lambda self: self.holders)
-    @rule(n=pick, index=st.integers(0, 1))
-    def shard(self, n: int, index: int) -> None:
-        if self.job(self.holder(n).job_id)["kind"] == "infer":
-            self.write(n, lambda h: self.commit(h, index))
+    @rule(n=pick, m=pick)
+    def shard(self, n: int, m: int) -> None:
+        """Also one that is committed, or leased to another rank: it was, before that one was lost."""
+        mine = [s for s in self.before["shards"] if s["job_id"] == self.holder(n).job_id]
+        if mine:
+            self.write(n, lambda h: self.commit(h, mine[m % len(mine)]))
 
     @precondition(lambda self: self.holders)
     @rule(n=pick)
     def finish(self, n: int) -> None:
         holder = self.holder(n)
-        if self.is_current(holder) and not self.all_committed(holder.job_id):
-            with pytest.raises(AssertionError):
+        job = self.job(holder.job_id)
+        rows_left = not self.all_committed(holder.job_id) and job["state"] == JobState.RUNNING
+        if self.is_current(holder) and rows_left and not self.others(holder):
+            with pytest.raises(RowsLeft):
                 self.store.call(finish_rank, holder, {})
+            assert self.nothing_changed()
         else:
             self.write(n, lambda h: self.store.call(finish_rank, h, {"rank": h.rank}))
 
@@ -274,6 +342,11 @@ class JobStore(RuleBasedStateMachine):
                 self.run_to_the_end(job_id)
                 self.promises_are_kept()
                 assert self.job(job_id)["state"] == JobState.SUCCEEDED
+        for job in self.before["jobs"]:
+            mine = [s for s in self.before["shards"] if s["job_id"] == job["id"]]
+            rows = [row for s in mine for row in range(s["first_row"], s["first_row"] + s["rows"])]
+            assert sorted(rows) == list(range(len(rows))), "a row is in one shard"
+            assert len(rows) == (4 if job["kind"] == "infer" else 0)
 
     def run_to_the_end(self, job_id: str) -> None:
         count = int(self.job(job_id)["resolved"]["requirements"]["devices"])
@@ -284,9 +357,10 @@ class JobStore(RuleBasedStateMachine):
         for hint, device in zip(world.hints(self.store, attempt.id), DEVICES, strict=False):
             holder = world.claim(self.store, hint, device, self.workers[device]).holder
             self.promises_are_kept()
-            if not self.all_committed(job_id):
-                assert self.commit(holder, 0)
-                assert self.commit(holder, 1)
+            while found := self.store.call(lease_shards, holder, 8, idle=True):
+                for each in found:
+                    self.promises_are_kept()
+                    assert self.commit(holder, self.shard_of(job_id, each.shard.index))
             assert self.store.call(finish_rank, holder, {})
 
     # --- looking -------------------------------------------------------------------------------
@@ -298,9 +372,45 @@ class JobStore(RuleBasedStateMachine):
         assert call(holder) == current
         assert current or self.nothing_changed(), "a stale write changed something"
 
-    def commit(self, holder: Holder, index: int) -> bool:
-        results = [result(2 * index + i, output={"text": holder.attempt_id}) for i in range(2)]
-        return self.store.call(commit_shard, holder, index, results, 0.1)
+    def commit(self, holder: Holder, shard: dict[str, Any]) -> bool:
+        rows = range(shard["first_row"], shard["first_row"] + shard["rows"])
+        results = [result(row, output={"text": holder.attempt_id}) for row in rows]
+        return self.store.call(commit_shard, holder, shard["index"], results, 0.1)
+
+    def shard_of(self, job_id: str, index: int) -> dict[str, Any]:
+        shards = self.before["shards"]
+        return next(s for s in shards if (s["job_id"], s["index"]) == (job_id, index))
+
+    def leased(self, holder: Holder) -> list[dict[str, Any]]:
+        """What the rank is to compute."""
+        return [
+            s
+            for s in self.before["shards"]
+            if s["job_id"] == holder.job_id
+            and not s["committed_at"]
+            and (s["leased_token"], s["leased_rank"]) == (holder.token, holder.rank)
+        ]
+
+    def others(self, holder: Holder) -> list[dict[str, Any]]:
+        """Leases of the attempt's other ranks that are held."""
+        return [
+            lease
+            for lease in self.before["leases"]
+            if lease["attempt_id"] == holder.attempt_id
+            and lease["rank"] != holder.rank
+            and lease["state"] == LeaseState.HELD
+        ]
+
+    def running(self, n: int) -> Running | None:
+        """An attempt at a batch job, one that runs most of the time."""
+        batches = {job["id"] for job in self.before["jobs"] if job["kind"] == "infer"}
+        attempts = [a for a in self.before["attempts"] if a["job_id"] in batches]
+        active = [a for a in attempts if a["state"] == AttemptState.RUNNING]
+        some = active if active and n % 4 else attempts
+        if not some:
+            return None
+        attempt = some[n // 4 % len(some)]
+        return Running(attempt["job_id"], attempt["id"], attempt["token"])
 
     def holder(self, n: int) -> Holder:
         """A current one most of the time, else any: most of those are stale."""
@@ -373,14 +483,20 @@ def check_rows(now: world.Contents) -> None:
             assert all(s["committed_at"] for s in now["shards"] if s["job_id"] == job["id"])
         told = [e["type"] for e in now["events"] if e["job_id"] == job["id"] and e["type"] in ENDS]
         assert told == ([job["state"]] if state.terminal else []), "the end is told once"
+    kinds = {job["id"]: job["kind"] for job in now["jobs"]}
     for attempt in now["attempts"]:
         ranks = [le for le in now["leases"] if le["attempt_id"] == attempt["id"]]
         reserved = [le["rank"] for le in ranks if le["state"] == LeaseState.RESERVED]
         if not AttemptState(attempt["state"]).terminal:
             still_open = [le for le in ranks if le["state"] != LeaseState.RELEASED]
             assert still_open, "an active attempt that nothing would ever end"
-        if attempt["state"] != AttemptState.DISPATCHED:
+        batch = kinds[attempt["job_id"]] == "infer" and attempt["state"] == AttemptState.RUNNING
+        if attempt["state"] != AttemptState.DISPATCHED and not batch:
             assert not reserved
+        if batch:
+            held = [le["rank"] for le in ranks if le["state"] == LeaseState.HELD]
+            assert held, "a batch job that nobody computes runs"
+            assert len({le["rank"] for le in ranks}) == len(ranks) == attempt["world_size"]
         hints = [h["rank"] for h in now["outbox"] if h["attempt_id"] == attempt["id"]]
         assert hints == reserved, "a hint for each rank that nobody has claimed"
 

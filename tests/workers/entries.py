@@ -213,7 +213,9 @@ BEHAVIOURS: dict[str, Callable[[Rank, TrainAssignment], int | None]] = {
 
 def engine(channel: Rank) -> int:
     """An engine that writes rows back in capitals. ``slow``: 50 ms a row. ``die_once``: is killed
-    in the third shard of the first attempt. ``stuck``: takes no orders."""
+    in the third shard, the first time. ``stuck``: takes no orders. ``brisk``: 10 ms a row. ``gated``:
+    computes the rows that the test opens the gate for. ``die_loading``: before it is ready. A row "abort"
+    aborts the process, and "break" makes it fail as the real one does, whatever the job is called."""
     job: InferAssignment | None = None
     orders: deque[Shard] = deque()
     done = 0
@@ -225,7 +227,9 @@ def engine(channel: Rank) -> int:
         if isinstance(message, InferAssignment):
             job, done = message, 0
             orders.clear()
-            print(f"engine {os.getpid()} begins {job.job_id}")
+            print(f"engine {os.getpid()} begins {job.job_id}", flush=True)
+            if job.spec.name == "die_loading":
+                os._exit(9)
             ready = {"attempt_id": job.attempt_id, "models": (job.model_path,)}
             channel.send(Ready(seconds=0.0, warm=True, **ready))
             if job.spec.name == "stuck":
@@ -237,20 +241,59 @@ def engine(channel: Rank) -> int:
             channel.send(Done(attempt_id=job.attempt_id, summary={"reason": message.reason}))
             job = None
         elif orders and job is not None:
+            if job.spec.name == "gated" and orders[0].first_row >= _gate(job):
+                time.sleep(0.01)
+                continue
             shard = orders.popleft()
-            if job.spec.name == "die_once" and job.attempt == 1 and shard.index == 2:
+            _note(job, shard)
+            if job.spec.name == "die_once" and shard.index == 2 and _first_time(job):
                 os.kill(os.getpid(), signal.SIGKILL)
-            _compute(channel, job, shard)
+            try:
+                _compute(channel, job, shard)
+            except RuntimeError as error:
+                channel.send(
+                    Failed(
+                        attempt_id=job.attempt_id,
+                        failure_class=FailureClass.INFRASTRUCTURE,
+                        code="engine_error",
+                        message=f"the engine failed: {error}",
+                    )
+                )
+                return 1
             done += shard.rows
             channel.send(Progress(attempt_id=job.attempt_id, step=done, total_steps=0))
+
+
+def _gate(job: InferAssignment) -> int:
+    """The row at which ``gated`` engines wait until a test opens the gate further."""
+    path = Path(f"{job.input_path}.gate")
+    return int(path.read_text() or 0) if path.exists() else 0
+
+
+def _first_time(job: InferAssignment) -> bool:
+    mark = Path(f"{job.input_path}.died")
+    first = not mark.exists()
+    mark.touch()
+    return first
+
+
+def _note(job: InferAssignment, shard: Shard) -> None:
+    """Which rows this engine begins to compute, for tests that count them."""
+    rows = range(shard.first_row, shard.first_row + shard.rows)
+    with Path(f"{job.input_path}.begun").open("a") as file:
+        file.write("".join(f"{row} {job.device.id}\n" for row in rows))
 
 
 def _compute(channel: Rank, job: InferAssignment, shard: Shard) -> None:
     results = []
     for row, line in read_lines(Path(job.input_path), shard):
-        time.sleep(0.05 if job.spec.name == "slow" else 0)
+        time.sleep({"slow": 0.05, "brisk": 0.01}.get(job.spec.name or "", 0))
         try:
             text = json.loads(line)["prompt"].upper()
+            if text == "ABORT":
+                os.abort()
+            if text == "BREAK":
+                raise RuntimeError("it broke")
         except ValueError:
             results.append(row_error(row, "invalid_json", "no JSON"))
         else:

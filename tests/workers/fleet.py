@@ -249,9 +249,25 @@ class Fleet:
 
     def results(self, job_id: str) -> list[dict[str, Any]]:
         """All rows of a batch, in the order of delivery."""
-        shards = self.store.call(read.committed_shards, job_id, -1, 10_000)
+        shards = self.store.call(read.committed_shards, job_id, -1, 100_000)
         lines = b"".join(unpack_results(shard.results or b"") for shard in shards).splitlines()
         return [json.loads(line) for line in lines]
+
+    def input_of(self, job_id: str) -> Path:
+        return Path(self.job(job_id).resolved["inputs"]["input"]["path"])
+
+    def open_gate(self, job_id: str, row: int) -> None:
+        """Let stand-in engines of a ``gated`` batch compute the rows below this one."""
+        gate = Path(f"{self.input_of(job_id)}.gate")
+        new = gate.with_suffix(".new")
+        new.write_text(str(row))
+        new.rename(gate)
+
+    def begun(self, job_id: str) -> list[tuple[int, str]]:
+        """Each row that a stand-in engine began to compute, with its device; again where again."""
+        path = Path(f"{self.input_of(job_id)}.begun")
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [(int(row), device) for row, device in (line.split() for line in lines)]
 
     def cancel(self, job_id: str) -> None:
         self.store.call(cancel_job, job_id, "by the test")

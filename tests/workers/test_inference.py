@@ -6,6 +6,8 @@ import os
 import signal
 from typing import Any
 
+import pytest
+
 from shared.store import read
 from tests.stack import eventually
 from tests.workers.fleet import Fleet
@@ -57,16 +59,47 @@ def test_more_shards_than_fit_in_flight(shared_fleet: Fleet) -> None:
     assert texts(shared_fleet.results(job_id)) == expected(500)
 
 
-def test_engine_killed_by_itself_resumes_at_the_first_open_shard(shared_fleet: Fleet) -> None:
+def test_engine_killed_by_itself_is_replaced_in_the_same_attempt(shared_fleet: Fleet) -> None:
     job_id = shared_fleet.infer(prompts(30), "die_once", shard_rows=5)
     shared_fleet.wait(job_id, "succeeded")
-    first, second = shared_fleet.attempts(job_id)
-    assert first.failure is not None
-    assert first.failure["code"] == "rank_killed"
-    assert "the engine" in first.failure["message"]
+    assert len(shared_fleet.attempts(job_id)) == 1
     assert texts(shared_fleet.results(job_id)) == expected(30)
-    shards = shared_fleet.store.call(read.committed_shards, job_id)
-    assert [s.attempt_id for s in shards] == [first.id] * 2 + [second.id] * 4
+    died = shared_fleet.wait_for_event(job_id, "engine_died")
+    assert "SIGKILL" in died.message
+    assert 2 in died.data["shards"]
+
+
+@pytest.mark.parametrize(("word", "how"), [("abort", "SIGABRT"), ("break", "it broke")])
+def test_a_poisonous_row_fails_alone(shared_fleet: Fleet, word: str, how: str) -> None:
+    rows: list[Any] = prompts(40)
+    rows[13] = {"id": "bad", "prompt": word}
+    job_id = shared_fleet.infer(rows, shard_rows=8)
+    job = shared_fleet.wait(job_id, "succeeded", within=60)
+    found = shared_fleet.results(job_id)
+    assert [row["row"] for row in found] == list(range(40))
+    assert texts([r for r in found if not r["error"]]) == [e for e in expected(40) if e[0] != 13]
+    [bad] = [row for row in found if row["error"]]
+    assert (bad["row"], bad["id"], bad["error"]["code"]) == (13, "bad", "engine_died")
+    assert "twice" in bad["error"]["message"]
+    assert how in bad["error"]["message"]
+    assert job.summary is not None
+    assert job.summary["errors"] == 1
+    assert len(shared_fleet.attempts(job_id)) == 1
+
+
+def test_poisonous_rows_count_as_errors(shared_fleet: Fleet) -> None:
+    rows = [{"prompt": "abort"}, *prompts(4), {"prompt": "abort"}]
+    job_id = shared_fleet.infer(rows, shard_rows=1, max_errors=1)
+    job = shared_fleet.wait(job_id, "failed", within=60)
+    assert job.failure is not None
+    assert job.failure["code"] == "too_many_row_errors"
+
+
+def test_an_engine_that_dies_while_it_loads_ends_the_attempt(shared_fleet: Fleet) -> None:
+    job_id = shared_fleet.infer(prompts(3), "die_loading")
+    job = shared_fleet.wait(job_id, "failed")
+    assert job.failure is not None
+    assert (job.failure["code"], len(shared_fleet.attempts(job_id))) == ("rank_exited", 3)
 
 
 def test_engine_killed_while_it_is_idle_is_replaced(shared_fleet: Fleet) -> None:

@@ -23,6 +23,7 @@ class Inbox:
         self._end: Outcome | None = None
         self._rendezvous: str | None = None
         self._preempt: Preempt | None = None
+        self._leaving = False
 
     @property
     def end(self) -> Outcome | None:
@@ -56,6 +57,16 @@ class Inbox:
         """Have a training leave in good order, within so many seconds."""
         if self._preempt is None:
             self._preempt = Preempt(reason=reason, seconds=seconds)
+            self.ring()
+
+    @property
+    def leaving(self) -> bool:
+        """Whether a rank of a batch job is to leave with what it computes now, as others go on."""
+        return self._leaving
+
+    def leave(self, leaving: bool = True) -> None:
+        if self._leaving != leaving:
+            self._leaving = leaving
             self.ring()
 
     def ring(self) -> None:

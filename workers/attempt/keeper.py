@@ -43,6 +43,10 @@ class LeaseKeeper:
         """Only keep the lease from now on: what wakes us is the end that we report ourselves."""
         self._concluding = True
 
+    def go_on(self) -> None:
+        """The attempt did not conclude, as its rows were not all there."""
+        self._concluding = False
+
     def close(self) -> None:
         """No renewal is under way once this returns."""
         self._closed = True
@@ -76,7 +80,10 @@ class LeaseKeeper:
 
     def _renew(self) -> None:
         renewal = self._store.call(renew_lease, self._holder, self._settings.lease_ttl)
+        self._inbox.leave(renewal.answer is Answer.LEAVE)
         match renewal.answer:
+            case Answer.LEAVE:
+                pass
             case Answer.CANCEL:
                 self._inbox.end_with(Cancelled())
             case Answer.STOP:

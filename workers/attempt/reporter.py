@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 from shared.lifecycle import FailureClass
-from shared.messages import Progress, Report
+from shared.messages import Progress, Report, ShardComputed
 from workers.attempt.inbox import Inbox
 from workers.attempt.insist import GivenUp
 from workers.attempt.logs import LogTail
@@ -63,6 +63,12 @@ class Reporter:
     def idle(self) -> bool:
         """Everything but progress and log is written."""
         return not self._pending
+
+    @property
+    def shards(self) -> list[int]:
+        """The indexes of computed shards that are not written yet."""
+        with self._changed:
+            return [each.index for each in self._pending if isinstance(each, ShardComputed)]
 
     def close(self, *, drop: bool = False) -> bool:
         """Write all that is left, unless told to ``drop`` it. True: everything counted."""

@@ -22,10 +22,10 @@ from shared.messages import (
 from shared.settings import Settings
 from shared.store import Holder
 from shared.store.claim import publish_rendezvous
+from shared.store.ledger import commit_shard
 from shared.store.report import (
     append_log,
     commit_checkpoint,
-    commit_shard,
     forget_checkpoints,
     record_artifact,
     record_event,

@@ -14,6 +14,7 @@ from shared.store.claim import Claimed, Refusal, claim_rank
 from shared.store.failures import device_mtbf
 from shared.store.finish import (
     Failure,
+    RowsLeft,
     fail_rank,
     finish_rank,
     leave_attempt,
@@ -69,6 +70,10 @@ class RunningAttempt:
         self._folder = AttemptFolder(site.settings.data, self.holder.job_id, claimed.attempt_number)
         self._store = Insistent(site.store, give_up)
         self._keeper: LeaseKeeper | None = None
+        limit = claimed.spec.get("timeout_seconds")
+        self._deadline: float | None = None
+        if limit is not None:
+            self._deadline = time.monotonic() + float(limit) - claimed.seconds_running
 
     def renew_now(self) -> None:
         """Something changed about the attempt: hear of it now and not with the next renewal."""
@@ -76,8 +81,9 @@ class RunningAttempt:
             self._keeper.renew_now()
 
     def ask_back(self, reason: str, seconds: float) -> None:
-        """The device is wanted back in so many seconds. A training makes a checkpoint and leaves; an
-        inference attempt goes on, as what it has finished is committed already."""
+        """The device is wanted back in so many seconds. A training makes a checkpoint and leaves. A rank of
+        a batch job hears from its lease whether others go on and it may leave; what it has finished is
+        committed already."""
         self.inbox.ask_back(reason, seconds)
 
     def describe(self) -> dict[str, object]:
@@ -98,15 +104,25 @@ class RunningAttempt:
         log.info("%s: attempt %d, rank %d begins", *self._names())
         self._keeper = LeaseKeeper(self.site.store, self.site.settings, self.holder, self.inbox)
         try:
-            outcome = self._run_and_flush()
-            self._keeper.conclude()
-            outcome = self._conclude(outcome)
+            outcome = self._run_to_the_end(self._keeper)
             self._sweep(outcome)
         finally:
             self._keeper.close()
             self.inbox.close()
         log.info("%s: attempt %d, rank %d: %s", *self._names(), say(outcome))
         return outcome
+
+    def _run_to_the_end(self, keeper: LeaseKeeper) -> Outcome:
+        while True:
+            outcome = self._run_and_flush()
+            keeper.conclude()
+            try:
+                return self._conclude(outcome)
+            except RowsLeft as left:
+                # Another rank of the batch job was lost just when this one had found nothing to do.
+                log.info("%s, and no other rank goes on: this one does", left)
+                self.inbox.leave(False)
+                keeper.go_on()
 
     def _run_and_flush(self) -> Outcome:
         """Everything up to the last report in the store."""
@@ -156,8 +172,7 @@ class RunningAttempt:
         return Reporter(writer, lambda write: LogTail(path, limit, write), self.inbox)
 
     def _run_process(self, folder: AttemptFolder, host: str, reporter: Reporter) -> Outcome:
-        limit = self.claimed.spec.get("timeout_seconds")
-        deadline = None if limit is None else time.monotonic() + float(limit)
+        deadline = self._deadline
         site, claimed, inbox = self.site, self.claimed, self.inbox
         if claimed.kind == "train":
             mtbf = self._store.call(device_mtbf)
@@ -172,7 +187,11 @@ class RunningAttempt:
             self._folder.sweep()
 
     def _conclude(self, outcome: Outcome) -> Outcome:
-        """Tell the store how it ended. An end that counts no more only frees the device."""
+        """Tell the store how it ended. An end that counts no more only frees the device.
+
+        Raises:
+            RowsLeft: it has not ended: rows of the batch job are open, and nobody else computes.
+        """
         try:
             before = self._store.repeated
             if self._report_end(outcome):
@@ -187,11 +206,7 @@ class RunningAttempt:
     def _report_end(self, outcome: Outcome) -> bool:
         match outcome:
             case Finished(summary=summary):
-                try:
-                    return self._store.call(finish_rank, self.holder, summary)
-                except AssertionError as error:
-                    log.exception("the store does not accept the end")
-                    return self._report_end(_own_failure(str(error)))
+                return self._store.call(finish_rank, self.holder, summary)
             case Failed(failure=failure):
                 return self._store.call(fail_rank, self.holder, failure)
             case Cancelled():

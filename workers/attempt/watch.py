@@ -25,7 +25,8 @@ class Watch:
     """One process on behalf of one attempt.
 
     ``on_report`` gets every report but ``Done`` and ``Failed``; ``on_change`` runs after every
-    wake-up and may send orders. Both run in the thread that calls ``until_end``.
+    wake-up and may send orders; it returns after how many seconds it wants to run again at the latest,
+    or None. Both run in the thread that calls ``until_end``.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class Watch:
         reporter: Reporter,
         deadline: float | None,
         on_report: Callable[[Report], None],
-        on_change: Callable[[], None],
+        on_change: Callable[[], float | None],
     ) -> None:
         self._process = process
         self._attempt_id = attempt_id
@@ -69,8 +70,7 @@ class Watch:
                 )
             if self._closed_at is not None and time.monotonic() - self._closed_at > CLOSED_PATIENCE:
                 return self._process.end(grace=0)
-            self._on_change()
-            self._wait()
+            self._wait(self._on_change())
 
     def read_rest(self) -> Outcome | None:
         """What the process had reported before it ended and nobody has read yet."""
@@ -114,14 +114,14 @@ class Watch:
                 self._on_report(report)
                 return None
 
-    def _wait(self) -> None:
+    def _wait(self, again: float | None) -> None:
         poll = select.poll()
         poll.register(self._inbox.fileno(), select.POLLIN)
         poll.register(self._process.fileno(), select.POLLIN)
         if self._closed_at is None and not self._reporter.full:
             poll.register(self._process.channel.fileno(), select.POLLIN)
         now = time.monotonic()
-        until = [now + 60.0]
+        until = [now + (60.0 if again is None else again)]
         if self._deadline is not None:
             until.append(self._deadline)
         if self._closed_at is not None:

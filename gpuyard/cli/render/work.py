@@ -105,7 +105,7 @@ _FOUND = {
 def needs(requirements: dict[str, Any]) -> str:
     """Requirements in words, those that ask for something."""
     least = requirements.get("devices") or 1
-    most = max(requirements.get("world_sizes") or (least,))
+    most = max(requirements.get("world_sizes") or (requirements.get("most") or least,))
     parts = [f"{least} to {most} devices" if most > least else f"{least} device{'s'[: least > 1]}"]
     if requirements.get("accelerator") not in (None, "auto"):
         parts.append(str(requirements["accelerator"]))
