@@ -24,6 +24,13 @@ fill-mask
     ``{"masks": [{"tokens": [{"token", "score"}, ...]}, ...], "text"}``: for each mask the ``top_k_labels``
     likeliest tokens, as the tokenizer writes them (a leading space is part of one), and the text with
     the best of each. A mask that was cut away is null and stays in the text.
+scoring
+    ``{"logprob", "tokens", "mean", "perplexity"}``: the sum of the log-probabilities (natural logarithm) of
+    the tokens that count, how many they are, their mean, and e to the power of minus that. With
+    ``token_logprobs`` also ``"token_logprobs": [{"token", "id", "logprob"}, ...]`` of the same tokens.
+reranking
+    For ``documents`` ``{"scores": [...], "ranking": [...]}``: a score for each in its order, and their places
+    from the best on, ``top_n`` of them. For ``text`` ``{"score"}``.
 embeddings
     ``{"embedding": [...], "dimensions": n}``, to 8 decimals, of length 1 unless ``normalize`` is off.
 """

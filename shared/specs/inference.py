@@ -77,6 +77,14 @@ class Embedding(Strict):
     normalize: bool = Field(True, description="To length 1, so that a dot product is the cosine.")
 
 
+OPTIONS_OF_A_TASK: dict[str, str] = {
+    "token_logprobs": "scoring",
+    "end_of_text": "scoring",
+    "top_n": "reranking",
+}
+"""Options that one task of batch jobs alone has."""
+
+
 class InferSpec(JobFields):
     """Run a model over the rows of a JSONL file (or inline rows) and keep every answer."""
 
@@ -90,12 +98,21 @@ class InferSpec(JobFields):
     text_column: str | None = Field(
         None,
         description="Where the text is. Default: `text`; `prompt` or `messages` for text-generation; "
-        "`tokens` (words) or `text` for token-classification.",
+        "`tokens` (words) or `text` for token-classification; `documents` or `text` for reranking.",
     )
     generation: Generation | None = None
     embedding: Embedding | None = None
     top_k_labels: int = Field(
         1, ge=1, le=1000, description="Labels a text or tokens a mask gets, best first."
+    )
+    token_logprobs: bool = Field(False, description="scoring: also tell of each scored token.")
+    end_of_text: bool = Field(
+        False,
+        description="scoring: the end of text behind a text or a completion counts as well, as "
+        "training counts it.",
+    )
+    top_n: int | None = Field(
+        None, ge=1, le=1_000_000, description="reranking: so many documents are in the ranking."
     )
     batch_size: int = Field(32, ge=1, le=4096, description="Rows computed together, at most.")
     shard_rows: int = Field(64, ge=1, le=100_000, description="Rows committed together.")
@@ -114,6 +131,10 @@ class InferSpec(JobFields):
             raise ValueError(f"generation options do not apply to task '{self.task}'")
         if self.embedding is not None and self.task != "embeddings":
             raise ValueError(f"embedding options do not apply to task '{self.task}'")
+        for name, task in OPTIONS_OF_A_TASK.items():
+            # Not what is set: a spec that was stored has every field set.
+            if self.task != task and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} applies to task '{task}' alone, not to '{self.task}'")
         if self.resources.devices != 1:
             raise ValueError("an inference job runs on one device: resources.devices must be 1")
         return self

@@ -69,6 +69,18 @@ def test_specs_that_contradict_themselves(
         ),
         ({"zzz": 1}, "unknown field 'zzz'", "See /docs"),
         (
+            {"task": "scoring"},
+            "task 'scoring' is for batch jobs (kind 'infer') alone: it scores with a model of "
+            "text-generation: train that",
+            "",
+        ),
+        (
+            {"task": "reranking"},
+            "task 'reranking' is for batch jobs (kind 'infer') alone: it takes a cross-encoder, which "
+            "is not trained here",
+            "",
+        ),
+        (
             {
                 "hyperparameters": {"batch_size": 32, "micro_batch_size": 6},
                 "resources": {"devices": 2},

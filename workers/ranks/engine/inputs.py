@@ -29,13 +29,19 @@ class RowProblem(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row that may be computed: exactly one of ``text``, ``messages`` and ``words`` is set."""
+    """A row that may be computed: exactly one of ``text``, ``messages``, ``words`` and ``documents`` is
+    set."""
 
     row: int
     id: Any
     text: str | None = None
     messages: list[dict[str, str]] | None = None
     words: tuple[str, ...] | None = None
+    completion: str | None = None
+    """What follows ``text``, which then is its prompt."""
+    query: str | None = None
+    """What ``text`` or each of the ``documents`` is compared with."""
+    documents: tuple[str, ...] | None = None
     generation: Generation | None = None
     """The row's own options; None: the job's."""
     own_seed: bool = False
@@ -47,7 +53,7 @@ def read_request(row: int, line: bytes, spec: InferSpec) -> Request:
 
     Raises:
         RowProblem: line_too_long, invalid_utf8, invalid_json, invalid_row, missing_column,
-            empty_text, invalid_messages, invalid_tokens or invalid_generation.
+            empty_text, invalid_messages, invalid_tokens, invalid_documents or invalid_generation.
     """
     fields = _parse(line)
     id = fields.get("id")
@@ -98,6 +104,10 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _request(row: int, id: Any, fields: dict[str, Any], spec: InferSpec) -> Request:
     if spec.task == "token-classification":
         return _tagging_request(row, id, fields, spec.text_column)
+    if spec.task == "scoring":
+        return _scoring_request(row, id, fields, spec.text_column)
+    if spec.task == "reranking":
+        return _reranking_request(row, id, fields, spec.text_column)
     if spec.task != "text-generation":
         return Request(row, id, text=_text(fields, spec.text_column or "text"))
     if spec.text_column is not None:
@@ -125,6 +135,62 @@ def _tagging_request(row: int, id: Any, fields: dict[str, Any], asked: str | Non
     return Request(row, id, text=_text(fields, column))
 
 
+def _scoring_request(row: int, id: Any, fields: dict[str, Any], asked: str | None) -> Request:
+    if asked is None:
+        named = [name for name in ("messages", "completion", "text") if name in fields]
+        if len(named) > 1:
+            both = f"'{named[0]}' and '{named[1]}'"
+            raise RowProblem("invalid_row", f"the row has both {both}: keep one")
+        if "completion" in fields or ("prompt" in fields and not named):
+            prompt = _text(fields, "prompt", may_be_empty=True)
+            return Request(row, id, text=prompt, completion=_text(fields, "completion"))
+        if not named:
+            what = "no 'text', no 'prompt' with 'completion' and no 'messages'"
+            raise RowProblem("missing_column", f"{what}; {_columns(fields)}")
+    column = asked or ("messages" if "messages" in fields else "text")
+    value = fields.get(column)
+    if not isinstance(value, list) and column != "messages":
+        return Request(row, id, text=_text(fields, column))
+    messages = _messages(value, column)
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise RowProblem(
+            "invalid_messages",
+            f"'{column}' must end with what the assistant says: that is what is scored",
+        )
+    return Request(row, id, messages=messages)
+
+
+def _reranking_request(row: int, id: Any, fields: dict[str, Any], asked: str | None) -> Request:
+    query = _text(fields, "query")
+    if asked is None and "documents" in fields and "text" in fields:
+        raise RowProblem("invalid_row", "the row has both 'documents' and 'text': keep one")
+    if asked is None and not {"documents", "text"} & fields.keys():
+        raise RowProblem("missing_column", f"no 'documents' and no 'text'; {_columns(fields)}")
+    column = asked or ("documents" if "documents" in fields else "text")
+    value = fields.get(column)
+    if isinstance(value, list) or (asked is None and column == "documents"):
+        return Request(row, id, query=query, documents=_documents(value, column))
+    return Request(row, id, query=query, text=_text(fields, column))
+
+
+def _documents(value: Any, column: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        was = "an empty one" if value == [] else _kind(value)
+        raise RowProblem(
+            "invalid_documents", f"column '{column}' must be a list of texts, not {was}"
+        )
+    for i, text in enumerate(value):
+        if not isinstance(text, str):
+            raise RowProblem(
+                "invalid_documents", f"'{column}'[{i}] must be a string, not {_kind(text)}"
+            )
+        if not text.strip():
+            raise RowProblem("empty_text", f"'{column}'[{i}] is empty")
+        if not _is_utf8(text):
+            raise RowProblem("invalid_utf8", f"'{column}'[{i}] holds half of a surrogate pair")
+    return tuple(value)
+
+
 def _words(value: Any, column: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise RowProblem(
@@ -143,7 +209,7 @@ def _words(value: Any, column: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _text(fields: dict[str, Any], column: str) -> str:
+def _text(fields: dict[str, Any], column: str, *, may_be_empty: bool = False) -> str:
     if column not in fields:
         raise RowProblem("missing_column", f"no column '{column}'; {_columns(fields)}")
     value = fields[column]
@@ -151,7 +217,7 @@ def _text(fields: dict[str, Any], column: str) -> str:
         raise RowProblem(
             "missing_column", f"column '{column}' must be a string, not {_kind(value)}"
         )
-    if not value.strip():
+    if not value.strip() and not may_be_empty:
         raise RowProblem("empty_text", f"column '{column}' is empty")
     if not _is_utf8(value):
         raise RowProblem("invalid_utf8", f"column '{column}' holds half of a surrogate pair")

@@ -28,14 +28,21 @@ class Word:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row as the model takes it. ``source`` and ``words`` are there for the tasks whose output
-    points back into the input."""
+    """A row as the model takes it, or a part of one. ``source`` and ``words`` are there for the tasks
+    whose output points back into the input."""
 
     row: int
     id: Any
     ids: tuple[int, ...]
     source: str | tuple[str, ...] = ""
     words: tuple[Word, ...] = ()
+    types: tuple[int, ...] = ()
+    """For each token which text of a pair it is of, where the model wants to know."""
+    scored: tuple[int, ...] = ()
+    """Places of the tokens whose likelihood is asked for."""
+    part: int = 0
+    parts: int | None = None
+    """Which part of the row this is, and how many there are; None: it is the whole row."""
     generation: Generation = DEFAULTS
     """For the tasks that write text."""
     own_seed: bool = False
