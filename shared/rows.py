@@ -32,7 +32,8 @@ reranking
     For ``documents`` ``{"scores": [...], "ranking": [...]}``: a score for each in its order, and their places
     from the best on, ``top_n`` of them. For ``text`` ``{"score"}``.
 embeddings
-    ``{"embedding": [...], "dimensions": n}``, to 8 decimals, of length 1 unless ``normalize`` is off.
+    ``{"embedding": [...], "dimensions": n}``, to 8 decimals, of length 1 unless ``normalize`` is off. With
+    ``encoding: base64`` the embedding is a string: base64 of its numbers as float32, little-endian.
 """
 
 from __future__ import annotations

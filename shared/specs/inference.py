@@ -75,6 +75,11 @@ class Embedding(Strict):
         "auto", description="auto: as the model's folder says (1_Pooling), else the mean."
     )
     normalize: bool = Field(True, description="To length 1, so that a dot product is the cosine.")
+    encoding: Literal["float", "base64"] = Field(
+        "float",
+        description="float: a list of numbers. base64: the bytes of its float32 numbers, little-endian; "
+        "a quarter of the size or less, and exact.",
+    )
 
 
 OPTIONS_OF_A_TASK: dict[str, str] = {
