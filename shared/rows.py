@@ -19,7 +19,9 @@ token-classification
     token of. For a text ``{"entities": [...]}``. An entity is ``{"label", "score", "start", "end", "text"}``:
     ``start`` and ``end`` count *characters of a text* and *words of a row of words*, the end excluded;
     the score is the mean over its words. Labels with prefixes (B-, I-) are read as conlleval does;
-    without prefixes (parts of speech) each word is an entity of its own. ``O`` is none.
+    without prefixes (parts of speech) each word is an entity of its own. ``O`` is none. With
+    ``aggregation: none`` each token of a text (each word of a row of words) that is not ``O`` is an
+    entity, its label with its prefix.
 fill-mask
     ``{"masks": [{"tokens": [{"token", "score"}, ...]}, ...], "text"}``: for each mask the ``top_k_labels``
     likeliest tokens, as the tokenizer writes them (a leading space is part of one), and the text with

@@ -42,8 +42,8 @@ an entity is `{"label", "score", "start", "end", "text"}`, counted in words or i
 `{"token_logprobs": [{"token", "id", "logprob"}, …]}` |
 | `reranking` | of `documents` `{"scores": […], "ranking": […]}`, the ranking of their places, best first; of a \
 `text` `{"score"}` |
-| `embeddings` | `{"embedding": […], "dimensions"}`; with `encoding: base64` the embedding is a string, of float32 numbers, \
-little-endian |
+| `embeddings` | `{"embedding": […], "dimensions"}`; with `encoding: base64` the embedding is a string: \
+float32 numbers, little-endian |
 | `text-generation`, `text2text`, `summarization` | `{"text", "finish_reason"}`: `stop` or `length` |
 """
 

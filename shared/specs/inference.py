@@ -85,6 +85,7 @@ class Embedding(Strict):
 OPTIONS_OF_A_TASK: dict[str, str] = {
     "token_logprobs": "scoring",
     "end_of_text": "scoring",
+    "aggregation": "token-classification",
     "top_n": "reranking",
 }
 """Options that one task of batch jobs alone has."""
@@ -115,6 +116,12 @@ class InferSpec(JobFields):
         False,
         description="scoring: the end of text behind a text or a completion counts as well, as "
         "training counts it.",
+    )
+    aggregation: Literal["none", "first", "average", "max"] = Field(
+        "first",
+        description="token-classification: how the tokens of a word decide its tag: the first; the mean "
+        "of their probabilities; the surest one. none: no entities are put together, each token of a "
+        "text (or word of a list) has its own.",
     )
     top_n: int | None = Field(
         None, ge=1, le=1_000_000, description="reranking: so many documents are in the ranking."

@@ -79,7 +79,10 @@ def test_a_cross_encoder_has_one_label_or_two(
     assert "more than two labels" in error["message"] and "cross-encoder" in error["hint"]
 
 
-@pytest.mark.parametrize("option", [{"token_logprobs": True}, {"end_of_text": True}, {"top_n": 3}])
+@pytest.mark.parametrize(
+    "option",
+    [{"token_logprobs": True}, {"end_of_text": True}, {"top_n": 3}, {"aggregation": "max"}],
+)
 def test_options_of_one_task_are_refused_for_others(
     client: httpx.Client, infer_spec: Spec, option: dict[str, Any]
 ) -> None:

@@ -19,11 +19,12 @@ DEFAULTS = Generation()
 @dataclass(frozen=True, slots=True)
 class Word:
     """A word of a prompt: where it is in its source (characters of a text, or the place in a list),
-    and the first of its tokens; None where it has none, or was cut away."""
+    and the first and the last of its tokens; None where it has none, or was cut away."""
 
     start: int
     end: int
     token: int | None
+    last: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def choose_computation(assignment: InferAssignment, loaded: LoadedModel) -> Comp
         case "text-classification":
             return Classification(loaded, top_k=spec.top_k_labels)
         case "token-classification":
-            return Tagging(loaded)
+            return Tagging(loaded, aggregation=spec.aggregation)
         case "fill-mask":
             return MaskFilling(loaded, top_k=spec.top_k_labels)
         case "embeddings":
