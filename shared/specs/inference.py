@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from shared.specs.common import GENERATIVE, MODEL, MODELS, JobFields, Precision, Strict, Task
+
+
+def _as_text(value: Any) -> str:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        if isinstance(found, dict):
+            return json.dumps(found, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError("schema must be an object, a JSON Schema")
+
+
+# As text: Postgres does not keep the order of an object's fields, and the output has that of the schema's.
+JsonSchema = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": "object"})]
 
 
 class Generation(Strict):
@@ -39,6 +54,16 @@ class Generation(Strict):
         description="The log-probability of each token, and of so many that were likelier or next.",
     )
 
+    json_schema: JsonSchema | None = Field(
+        None,
+        max_length=200_000,
+        # BaseModel has a `schema` of its own. A spec that was stored has the field's name.
+        validation_alias=AliasChoices("schema", "json_schema"),
+        serialization_alias="schema",
+        description="text-generation: the text is JSON that satisfies this JSON Schema, where it comes to "
+        "its end within max_new_tokens.",
+    )
+
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
         if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
@@ -60,6 +85,10 @@ class Generation(Strict):
             raise ValueError("an empty stop string would end every generation at once")
         if any(token < 0 for token in self.stop_tokens):
             raise ValueError("stop_tokens are ids of tokens: 0 and above")
+        if self.json_schema is not None and (self.stop or self.stop_tokens or self.min_new_tokens):
+            raise ValueError(
+                "the schema says where the text ends: drop stop, stop_tokens and min_new_tokens"
+            )
         return self
 
 
@@ -141,6 +170,10 @@ class InferSpec(JobFields):
             raise ValueError("give exactly one of input (a file) and rows (inline)")
         if self.generation is not None and self.task not in GENERATIVE:
             raise ValueError(f"generation options do not apply to task '{self.task}'")
+        if self.sampling.json_schema is not None and self.task != "text-generation":
+            raise ValueError(
+                f"generation.schema applies to task 'text-generation' alone, not to '{self.task}'"
+            )
         if self.embedding is not None and self.task != "embeddings":
             raise ValueError(f"embedding options do not apply to task '{self.task}'")
         for name, task in OPTIONS_OF_A_TASK.items():

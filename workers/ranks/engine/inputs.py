@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from shared.explain import explain
 from shared.rows import MAX_LINE_BYTES
+from shared.schemas import why_unusable
 from shared.specs import GENERATIVE, OF_A_ROW, Generation, InferSpec
 
 
@@ -62,20 +63,27 @@ def read_request(row: int, line: bytes, spec: InferSpec) -> Request:
     try:
         request = _request(row, id, fields, spec)
         if spec.task in GENERATIVE and isinstance(own := fields.get(OF_A_ROW), dict):
-            request = _with_own_options(request, own, spec.sampling)
+            request = _with_own_options(request, own, spec)
     except RowProblem as problem:
         problem.id = id
         raise
     return request
 
 
-def _with_own_options(request: Request, own: dict[str, Any], job: Generation) -> Request:
+def _with_own_options(request: Request, own: dict[str, Any], spec: InferSpec) -> Request:
+    own = {"json_schema" if name == "schema" else name: value for name, value in own.items()}
     try:
-        options = Generation.model_validate({**job.model_dump(exclude_unset=True), **own})
+        options = Generation.model_validate({**spec.sampling.model_dump(exclude_unset=True), **own})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or OF_A_ROW
         raise RowProblem("invalid_generation", f"'{OF_A_ROW}': {explain(first, field)}") from None
+    if options.json_schema is not None:
+        problem = why_unusable(options.json_schema)
+        if spec.task != "text-generation":
+            problem = f"it applies to task 'text-generation' alone, not to '{spec.task}'"
+        if problem is not None:
+            raise RowProblem("invalid_generation", f"'{OF_A_ROW}': schema: {problem}")
     return replace(request, generation=options, own_seed="seed" in own)
 
 
