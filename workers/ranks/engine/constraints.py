@@ -77,7 +77,7 @@ class Constraints:
         """Why this model's text cannot be held to a schema; None: it can."""
         try:
             matcher = self._prepare(schema)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             return f"the model's tokenizer cannot be held to a schema: {str(error)[:300]}"
         return str(matcher.get_error())[:300] if matcher.is_error() else None
 
@@ -109,7 +109,7 @@ class Constraints:
         return self._prepared[schema]
 
     def _vocabulary(self) -> LLTokenizer:
-        """Raises ValueError for a tokenizer of a kind that llguidance does not know."""
+        """Raises ValueError or RuntimeError for a tokenizer of a kind that llguidance does not know."""
         if self._tokenizer is None:
             tokenizer: Any = self._loaded.tokenizer
             size = max(len(tokenizer), self._loaded.model.config.get_text_config().vocab_size)
