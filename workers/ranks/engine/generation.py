@@ -54,6 +54,8 @@ class TextGeneration(Generating):
         self._cache_bytes = cache_bytes
         self._prefill_tokens = ENCODE_TOKENS[self.device.type]
         self._active: list[ActiveRow] = []
+        self._joining: list[Admitted] = []
+        """Taken from those that wait, and not active yet."""
         self._prefixes = Prefixes(int(cache_bytes * SHARE), runner.bytes_per_position)
 
     @property
@@ -68,6 +70,7 @@ class TextGeneration(Generating):
             first = len(self._active)
             rows = [each.row for each in admitted]
             self._active += rows
+            self._joining = []
             reach = max(self.reach(row) for row in self._active)
             self._runner.reserve(reach, self._seats(reach))
             logits = self._prefill(first, admitted)
@@ -83,7 +86,8 @@ class TextGeneration(Generating):
 
     def drop_rows(self) -> list[ActiveRow]:
         """What they generated so far is kept, as part of the prompt."""
-        rows, self._active = self._active, []
+        rows = [*self._active, *(each.row for each in self._joining)]
+        self._active, self._joining = [], []
         self._prefixes.clear()
         self._runner.reset()
         return rows
@@ -94,7 +98,7 @@ class TextGeneration(Generating):
     def _admit(self) -> list[Admitted]:
         """Take rows whose turn it is, while slots, memory and the prefill budget last; those that are
         computed whole come first."""
-        admitted: list[Admitted] = []
+        admitted = self._joining = []
         width = 0
         reach = max((self.reach(row) for row in self._active), default=0)
         while self.has_room(rows := len(self._active) + len(admitted)):
@@ -118,8 +122,8 @@ class TextGeneration(Generating):
         """What is known of a prompt's beginning: stored, or in the slot of a row that begins alike."""
         prefix, known = self._prefixes.longest(tokens)
         for slot, row in enumerate(self._active):
-            shared = common(row.prompt.ids, tokens)
-            if shared >= known + LEAST and self._prefixes.fits(shared):
+            shared = common(row.prompt.ids, tokens, known + LEAST)
+            if self._prefixes.fits(shared):
                 states = self._runner.read(slot, shared)
                 prefix, known = Prefix(tuple(tokens[:shared]), states), shared
                 self._prefixes.add(prefix)
@@ -128,8 +132,8 @@ class TextGeneration(Generating):
     def _borrows(self, tokens: Sequence[int], known: int, admitted: Sequence[Admitted]) -> bool:
         """Whether a row waits a step, as one that is admitted now computes the beginning of its prompt."""
         for other in admitted:
-            shared = common(other.row.prompt.ids, tokens)
-            if shared >= known + LEAST and self._prefixes.fits(shared):
+            shared = common(other.row.prompt.ids, tokens, known + LEAST)
+            if self._prefixes.fits(shared):
                 other.lends = max(other.lends, shared)
                 return True
         return False

@@ -76,11 +76,11 @@ class Prefixes:
         self._kept = []
 
 
-def common(kept: Sequence[int], tokens: Sequence[int]) -> int:
+def common(kept: Sequence[int], tokens: Sequence[int], least: int = LEAST) -> int:
     """Tokens at the beginning of ``tokens``, but for its last one, that ``kept`` begins with as well; 0
-    where they are fewer than :data:`LEAST`."""
-    if tuple(kept[:LEAST]) != tuple(tokens[:LEAST]):
+    where they are fewer than ``least``."""
+    most = min(len(kept), len(tokens) - 1)
+    if most < least or tuple(kept[:least]) != tuple(tokens[:least]):
         return 0
-    pairs = zip(kept, tokens[:-1], strict=False)
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return shared if shared >= LEAST else 0
+    pairs = zip(kept[least:most], tokens[least:most], strict=True)
+    return least + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
