@@ -34,7 +34,7 @@ def make_reranker(folder: Path, labels: int = 1, **config: Any) -> Path:
     )  # fmt: skip
     widen(model)
     with torch.no_grad():  # which text a token is of matters
-        model.bert.embeddings.token_type_embeddings.weight[1] += 0.5
+        model.bert.embeddings.token_type_embeddings.weight[-1] += 0.5
     model.save_pretrained(folder)
     return folder
 
@@ -185,3 +185,12 @@ def test_a_pair_that_goes_wrong_is_its_rows_error_once(reranker, monkeypatch):
     assert results.keys() == {0, 1, 2}
     assert [bool(results[row]["error"]) for row in range(3)] == [True, False, True]
     assert len(results[1]["output"]["scores"]) == 3  # type: ignore[index,call-overload]
+
+
+def test_types_of_a_pair_go_only_to_models_that_take_them(engine, models_dir):
+    """A tokenizer gives types of 0 and 1; this model knows type 0 alone, as RoBERTa does."""
+    model = make_reranker(models_dir / "untyped", type_vocab_size=1)
+    row = {"query": "the cat", "documents": ["a mat", "old town"]}
+    scores = engine.run(model, [row], **TASK).results[0]["output"]["scores"]
+    expected = plain(model, "the cat", row["documents"], return_token_type_ids=False)
+    assert scores == pytest.approx(expected[:, 0].sigmoid().tolist(), abs=1e-4)

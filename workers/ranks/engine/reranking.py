@@ -6,12 +6,13 @@ the row is answered when all of its pairs are.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.rows import result, row_error
 from shared.specs import InferSpec
@@ -101,11 +102,15 @@ class Reranking(SortedPasses):
         super().__init__(loaded)
         self._top_n = top_n
         self._raw = scores_are_raw(loaded.model.config)
+        self._takes_types = takes_types(loaded.model)
         self._rankings: dict[tuple[str, int], Ranking] = {}
 
     def leave(self, owner: str) -> None:
         super().leave(owner)
         self._rankings = {key: kept for key, kept in self._rankings.items() if key[0] != owner}
+
+    def forward(self, batch: Batch) -> Any:
+        return super().forward(batch if self._takes_types else replace(batch, types=None))
 
     def read(self, batch: Batch) -> list[dict[str, Any] | None]:
         # In float64 a sigmoid near 1 still tells good from better.
@@ -136,6 +141,13 @@ class Reranking(SortedPasses):
         order = sorted(range(len(scores)), key=lambda part: (-scores[part], part))
         output = {"scores": scores, "ranking": order[: self._top_n]}
         return result(prompt.row, id=prompt.id, output=output, input_tokens=ranking.tokens)
+
+
+def takes_types(model: PreTrainedModel) -> bool:
+    """Whether a model tells the texts of a pair apart by their types. A tokenizer may give types that its
+    model has no use for, or no room."""
+    named = "token_type_ids" in inspect.signature(model.forward).parameters
+    return named and getattr(model.config, "type_vocab_size", 2) > 1
 
 
 def scores_are_raw(config: Any) -> bool:
