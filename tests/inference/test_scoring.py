@@ -82,7 +82,7 @@ def test_scored_tokens_are_those_that_training_learns(llama):
     examples = [*(Completion(*pair) for pair in pairs), Passage(TEXTS[0]), Chat(turns[:2])]
     learned = list(
         task.encode(
-            [Placed(i, 0, e) for i, e in enumerate(examples)], DataFile(Path("x.jsonl"), "jsonl")
+            [Placed(i, e, 0) for i, e in enumerate(examples)], DataFile(Path("x.jsonl"), "jsonl")
         )
     )
     spec = InferSpec(model="m", input="x", end_of_text=True, **TASK)
