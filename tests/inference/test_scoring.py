@@ -139,6 +139,7 @@ def test_bad_rows_say_what_a_row_needs(engine, llama, models_dir):
         {"body": "the cat"},
         {"text": "a", "completion": "b", "prompt": "c"},
         {"prompt": "the cat"},
+        {"prompt": "the cat", "text": "sat"},
         {"completion": "the cat"},
         {"prompt": "the cat", "completion": " "},
         {"messages": [user]},
@@ -149,12 +150,12 @@ def test_bad_rows_say_what_a_row_needs(engine, llama, models_dir):
     ]
     outcome = engine.run(llama, rows, **TASK)
     assert outcome.codes == [
-        "missing_column", "invalid_row", "missing_column", "missing_column", "empty_text",
+        "missing_column", "invalid_row", "missing_column", "invalid_row", "missing_column", "empty_text",
         "invalid_messages", "invalid_messages", "invalid_messages", "nothing_to_score", None,
     ]  # fmt: skip
     message = outcome.results[0]["error"]["message"]
     assert "'text'" in message and "'completion'" in message and "'messages'" in message
-    assert "what is scored" in outcome.results[5]["error"]["message"]
+    assert "what is scored" in outcome.results[6]["error"]["message"]
     plain = make_llama(models_dir / "llama-without-template", chat=False)
     assert engine.run(plain, rows[-1:], **TASK).codes == ["no_chat_template"]
     renamed = engine.run(llama, [{"body": TEXTS[3]}], text_column="body", **TASK)

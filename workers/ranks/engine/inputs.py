@@ -146,10 +146,12 @@ def _tagging_request(row: int, id: Any, fields: dict[str, Any], asked: str | Non
 def _scoring_request(row: int, id: Any, fields: dict[str, Any], asked: str | None) -> Request:
     if asked is None:
         named = [name for name in ("messages", "completion", "text") if name in fields]
+        if "prompt" in fields and "completion" not in fields:
+            named.insert(0, "prompt")
         if len(named) > 1:
             both = f"'{named[0]}' and '{named[1]}'"
             raise RowProblem("invalid_row", f"the row has both {both}: keep one")
-        if "completion" in fields or ("prompt" in fields and not named):
+        if "completion" in fields or "prompt" in fields:
             prompt = _text(fields, "prompt", may_be_empty=True)
             return Request(row, id, text=prompt, completion=_text(fields, "completion"))
         if not named:
