@@ -59,7 +59,7 @@ def test_texts_score_as_one_by_one(engine, request, models_dir, kind):
         assert "".join(entry["token"] for entry in told if "\ufffd" not in entry["token"])
         assert row["usage"] == {"input_tokens": len(ids), "output_tokens": 0}
     assert [row["id"] for row in outcome.results] == list(range(24))
-    assert len({round(row["output"]["mean"], 3) for row in outcome.results}) > 20
+    assert len({round(row["output"]["mean"], 3) for row in outcome.results}) > 15
     # Not told unless asked for.
     plain = engine.run(model, rows[:1], **TASK)
     assert plain.results[0]["output"].keys() == {"logprob", "tokens", "mean", "perplexity"}
