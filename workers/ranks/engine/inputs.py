@@ -145,7 +145,7 @@ def _tagging_request(row: int, id: Any, fields: dict[str, Any], asked: str | Non
 
 def _scoring_request(row: int, id: Any, fields: dict[str, Any], asked: str | None) -> Request:
     if asked is None:
-        named = [name for name in ("messages", "completion", "text") if name in fields]
+        named: list[str] = [n for n in ("messages", "completion", "text") if n in fields]
         if "prompt" in fields and "completion" not in fields:
             named.insert(0, "prompt")
         if len(named) > 1:
