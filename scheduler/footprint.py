@@ -21,6 +21,8 @@ from shared.specs import GENERATIVE, PACKED_LENGTH, SEQ2SEQ, InferSpec, TrainSpe
 MIB = 1024**2
 FP32, BF16 = 4, 2
 WIDENED = 8 * 1024 * MIB
+SCORED_BYTES = 64 * MIB
+"""Logits that scoring computes at once."""
 BYTES_PER_TOKEN = 3
 """UTF-8 bytes of text a token stands for, on the low side: English has about 4.5."""
 SPECIAL_TOKENS = 8
@@ -279,7 +281,8 @@ def lora_elements(shape: ModelShape, spec: TrainSpec) -> int:
 
 def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None) -> int:
     """Peak of an engine process: weights, ``2·layers·kv_heads·head_dim·bytes·rows·length`` of keys
-    and values and ``rows·vocabulary`` of logits (generation), one layer's activations, runtime.
+    and values and ``rows·vocabulary`` of logits (generation) or a slice of them (scoring), one layer's
+    activations, runtime.
 
     Args:
         shape: The model.
@@ -296,6 +299,8 @@ def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None
         cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * element
         # Logits are kept once as computed and once in fp32 for sampling.
         total += spec.batch_size * (cache * whole + 2 * FP32 * shape.vocabulary)
+    if spec.task == "scoring":
+        total += 3 * SCORED_BYTES  # as computed, in fp32, and their log-softmax
     return total
 
 

@@ -19,13 +19,23 @@ token-classification
     token of. For a text ``{"entities": [...]}``. An entity is ``{"label", "score", "start", "end", "text"}``:
     ``start`` and ``end`` count *characters of a text* and *words of a row of words*, the end excluded;
     the score is the mean over its words. Labels with prefixes (B-, I-) are read as conlleval does;
-    without prefixes (parts of speech) each word is an entity of its own. ``O`` is none.
+    without prefixes (parts of speech) each word is an entity of its own. ``O`` is none. With
+    ``aggregation: none`` each token of a text (each word of a row of words) that is not ``O`` is an
+    entity, its label with its prefix.
 fill-mask
     ``{"masks": [{"tokens": [{"token", "score"}, ...]}, ...], "text"}``: for each mask the ``top_k_labels``
     likeliest tokens, as the tokenizer writes them (a leading space is part of one), and the text with
     the best of each. A mask that was cut away is null and stays in the text.
+scoring
+    ``{"logprob", "tokens", "mean", "perplexity"}``: the sum of the log-probabilities (natural logarithm) of
+    the tokens that count, how many they are, their mean, and e to the power of minus that. With
+    ``token_logprobs`` also ``"token_logprobs": [{"token", "id", "logprob"}, ...]`` of the same tokens.
+reranking
+    For ``documents`` ``{"scores": [...], "ranking": [...]}``: a score for each in its order, and their places
+    from the best on, ``top_n`` of them. For ``text`` ``{"score"}``.
 embeddings
-    ``{"embedding": [...], "dimensions": n}``, to 8 decimals, of length 1 unless ``normalize`` is off.
+    ``{"embedding": [...], "dimensions": n}``, to 8 decimals, of length 1 unless ``normalize`` is off. With
+    ``encoding: base64`` the embedding is a string: base64 of its numbers as float32, little-endian.
 """
 
 from __future__ import annotations

@@ -50,6 +50,25 @@ EMBED: dict[str, Any] = {
     "embedding": {"pooling": "mean"},
     "too_long": "truncate",
 }
+SCORE: dict[str, Any] = {
+    "kind": "infer",
+    "task": "scoring",
+    "model": "smollm2",
+    "rows": [
+        {"prompt": "The capital of France is", "completion": " Paris."},
+        {"prompt": "The capital of France is", "completion": " Rome."},
+    ],
+    "token_logprobs": True,
+}
+RERANK: dict[str, Any] = {
+    "kind": "infer",
+    "task": "reranking",
+    "model": "cross-encoder",
+    "rows": [
+        {"query": "capital of France", "documents": ["Rome lies on the Tiber.", "Paris it is."]}
+    ],
+    "top_n": 1,
+}
 SUMMARIZE: dict[str, Any] = {
     "kind": "infer",
     "task": "summarization",
@@ -135,6 +154,8 @@ JOB_BODY: dict[str, Any] = {
                 "tag": {"summary": "Find names in words and in texts", "value": TAG},
                 "fill": {"summary": "Fill masks", "value": FILL},
                 "embed": {"summary": "A vector for each text", "value": EMBED},
+                "score": {"summary": "How likely a model finds a text", "value": SCORE},
+                "rerank": {"summary": "Documents by how well they answer", "value": RERANK},
                 "summarize": {"summary": "Summarize a column of a file", "value": SUMMARIZE},
             },
         }

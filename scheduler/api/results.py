@@ -38,7 +38,12 @@ _OUTPUTS = """`output` is, by task:
 | `token-classification` | of words `{"tags": […], "scores": […], "entities": […]}`, of a text `{"entities": […]}`; \
 an entity is `{"label", "score", "start", "end", "text"}`, counted in words or in characters |
 | `fill-mask` | `{"masks": [{"tokens": [{"token", "score"}, …]}, …], "text"}` |
-| `embeddings` | `{"embedding": […], "dimensions"}` |
+| `scoring` | `{"logprob", "tokens", "mean", "perplexity"}`, with `token_logprobs` also \
+`{"token_logprobs": [{"token", "id", "logprob"}, …]}` |
+| `reranking` | of `documents` `{"scores": […], "ranking": […]}`, the ranking of their places, best first; of a \
+`text` `{"score"}` |
+| `embeddings` | `{"embedding": […], "dimensions"}`; with `encoding: base64` the embedding is a string: \
+float32 numbers, little-endian |
 | `text-generation`, `text2text`, `summarization` | `{"text", "finish_reason"}`: `stop` or `length` |
 """
 

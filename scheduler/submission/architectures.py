@@ -36,13 +36,14 @@ def why_unsuitable(config: Mapping[str, Any], task: str, *, trains: bool) -> tup
         return any(a.endswith(heads) for a in made_as)
 
     match task:
-        case "text-generation":
+        case "text-generation" | "scoring":
             causal = has_head("ForCausalLM", "LMHeadModel")
             # BERT and kin carry `is_decoder: false` and see the future under such a head, too.
             if causal and (kind not in ENCODERS or config.get("is_decoder")):
                 return None
+            cannot = "score" if task == "scoring" else "generate"
             return (
-                f"{what} and cannot generate text",
+                f"{what} and cannot {cannot} text",
                 "Choose a causal language model (GPT, Llama and kin).",
             )
         case "text2text" | "summarization":
@@ -64,6 +65,18 @@ def why_unsuitable(config: Mapping[str, Any], task: str, *, trains: bool) -> tup
             if kind in ENCODERS:
                 return _untrained(what, "masked-language-model head", "fill-mask")
             return f"{what}: fill-mask needs a BERT-type encoder", _ENCODER_HINT
+        case "reranking":
+            labels = config.get("id2label")
+            many = isinstance(labels, dict) and len(labels) > 2
+            if has_head("ForSequenceClassification") and not many:
+                return None
+            lacks = (
+                "it tells more than two labels apart" if many else "it has no classification head"
+            )
+            return (
+                f"{what}: {lacks}",
+                "Choose a cross-encoder: a sequence classifier with one label, or with two.",
+            )
         case "token-classification":
             head, of = "ForTokenClassification", "tagging head"
         case "text-classification":

@@ -17,6 +17,7 @@ from scheduler.submission.inline import rows_to_file, write_once
 from scheduler.submission.models import FoundModel, resolve_model, resolve_teacher
 from scheduler.submission.parallelism import Choice, choose_parallelism, in_shards
 from scheduler.submission.requirements import refuse_impossible, requirements, train_device
+from scheduler.submission.schemas import require_usable_schema
 from shared.errors import InvalidRequest, InvalidSpec
 from shared.footprint import Configuration
 from shared.footprint import configuration as make_configuration
@@ -61,6 +62,7 @@ def submit(
     spec = parse_spec(raw_spec)
     content: bytes | None = None
     if isinstance(spec, InferSpec):
+        require_usable_schema(spec)
         spec, content = rows_to_file(spec, settings)
     refuse_unstorable(spec.model_dump(mode="json"))
     owner = created_by or ""

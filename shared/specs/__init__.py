@@ -7,6 +7,7 @@ checked by ``scheduler/submission``.
 
 from shared.specs.common import (
     GENERATIVE,
+    INFERENCE_ONLY,
     MODEL,
     MODEL_NAME,
     MODELS,
@@ -48,6 +49,7 @@ from shared.specs.hyperparameters import (
 )
 from shared.specs.inference import (
     OF_A_ROW,
+    OPTIONS_OF_A_TASK,
     Embedding,
     Generation,
     InferSpec,
@@ -64,11 +66,13 @@ from shared.specs.training import (
 __all__ = [
     "ARCHITECTURE_TASKS",
     "GENERATIVE",
+    "INFERENCE_ONLY",
     "MODEL",
     "MODELS",
     "MODEL_NAME",
     "OF_A_ROW",
     "OPTIMIZER_OPTIONS",
+    "OPTIONS_OF_A_TASK",
     "PACKED_LENGTH",
     "PLAIN_TEXT_TASKS",
     "PREFERENCE_COLUMNS",

@@ -25,8 +25,15 @@ Task = Literal[
     "text-generation",
     "fill-mask",
     "embeddings",
+    "scoring",
+    "reranking",
 ]
 """As Transformers names them. ``summarization`` is ``text2text`` by the name its users look for."""
+INFERENCE_ONLY: dict[str, str] = {
+    "scoring": "it scores with a model of text-generation: train that",
+    "reranking": "it takes a cross-encoder, which is not trained here",
+}
+"""Tasks of batch jobs alone, and what to do about that."""
 SEQ2SEQ: frozenset[str] = frozenset({"text2text", "summarization"})
 GENERATIVE: frozenset[str] = SEQ2SEQ | {"text-generation"}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import json
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from shared.specs.common import (
     GENERATIVE,
@@ -16,6 +17,20 @@ from shared.specs.common import (
     Strict,
     Task,
 )
+
+
+def _as_text(value: Any) -> str:
+    try:
+        found = json.loads(value) if isinstance(value, str) else value
+        if isinstance(found, dict):
+            return json.dumps(found, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError("schema must be an object, a JSON Schema")
+
+
+# As text: Postgres does not keep the order of an object's fields, and the output has that of the schema's.
+JsonSchema = Annotated[str, BeforeValidator(_as_text), WithJsonSchema({"type": "object"})]
 
 
 class Generation(Strict):
@@ -48,6 +63,16 @@ class Generation(Strict):
         description="The log-probability of each token, and of so many that were likelier or next.",
     )
 
+    json_schema: JsonSchema | None = Field(
+        None,
+        max_length=200_000,
+        # BaseModel has a `schema` of its own. A spec that was stored has the field's name.
+        validation_alias=AliasChoices("schema", "json_schema"),
+        serialization_alias="schema",
+        description="text-generation: the text is JSON that satisfies this JSON Schema, where it comes to "
+        "its end within max_new_tokens.",
+    )
+
     @model_validator(mode="after")
     def _no_contradiction(self) -> Self:
         if self.temperature == 0 and (self.top_p < 1 or self.top_k is not None):
@@ -69,6 +94,10 @@ class Generation(Strict):
             raise ValueError("an empty stop string would end every generation at once")
         if any(token < 0 for token in self.stop_tokens):
             raise ValueError("stop_tokens are ids of tokens: 0 and above")
+        if self.json_schema is not None and (self.stop or self.stop_tokens or self.min_new_tokens):
+            raise ValueError(
+                "the schema says where the text ends: drop stop, stop_tokens and min_new_tokens"
+            )
         return self
 
 
@@ -84,6 +113,20 @@ class Embedding(Strict):
         "auto", description="auto: as the model's folder says (1_Pooling), else the mean."
     )
     normalize: bool = Field(True, description="To length 1, so that a dot product is the cosine.")
+    encoding: Literal["float", "base64"] = Field(
+        "float",
+        description="float: a list of numbers. base64: the bytes of its float32 numbers, little-endian; "
+        "a quarter of the size or less, and exact.",
+    )
+
+
+OPTIONS_OF_A_TASK: dict[str, str] = {
+    "token_logprobs": "scoring",
+    "end_of_text": "scoring",
+    "aggregation": "token-classification",
+    "top_n": "reranking",
+}
+"""Options that one task of batch jobs alone has."""
 
 
 class InferSpec(JobFields):
@@ -99,12 +142,27 @@ class InferSpec(JobFields):
     text_column: str | None = Field(
         None,
         description="Where the text is. Default: `text`; `prompt` or `messages` for text-generation; "
-        "`tokens` (words) or `text` for token-classification.",
+        "`tokens` (words) or `text` for token-classification; `documents` or `text` for reranking.",
     )
     generation: Generation | None = None
     embedding: Embedding | None = None
     top_k_labels: int = Field(
         1, ge=1, le=1000, description="Labels a text or tokens a mask gets, best first."
+    )
+    token_logprobs: bool = Field(False, description="scoring: also tell of each scored token.")
+    end_of_text: bool = Field(
+        False,
+        description="scoring: the end of text behind a text or a completion counts as well, as "
+        "training counts it.",
+    )
+    aggregation: Literal["none", "first", "average", "max"] = Field(
+        "first",
+        description="token-classification: how the tokens of a word decide its tag: the first; the mean "
+        "of their probabilities; the surest one. none: no entities are put together, each token of a "
+        "text (or word of a list) has its own.",
+    )
+    top_n: int | None = Field(
+        None, ge=1, le=1_000_000, description="reranking: so many documents are in the ranking."
     )
     batch_size: int = Field(32, ge=1, le=4096, description="Rows computed together, at most.")
     shard_rows: int = Field(64, ge=1, le=100_000, description="Rows committed together.")
@@ -122,8 +180,16 @@ class InferSpec(JobFields):
             raise ValueError("give exactly one of input (a file) and rows (inline)")
         if self.generation is not None and self.task not in GENERATIVE:
             raise ValueError(f"generation options do not apply to task '{self.task}'")
+        if self.sampling.json_schema is not None and self.task != "text-generation":
+            raise ValueError(
+                f"generation.schema applies to task 'text-generation' alone, not to '{self.task}'"
+            )
         if self.embedding is not None and self.task != "embeddings":
             raise ValueError(f"embedding options do not apply to task '{self.task}'")
+        for name, task in OPTIONS_OF_A_TASK.items():
+            # Not what is set: a spec that was stored has every field set.
+            if self.task != task and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} applies to task '{task}' alone, not to '{self.task}'")
         return self
 
     @property

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from shared.specs.common import MODEL, MODEL_NAME, MODELS, JobFields, Resources, Task
+from shared.specs.common import (
+    INFERENCE_ONLY,
+    MODEL,
+    MODEL_NAME,
+    MODELS,
+    JobFields,
+    Resources,
+    Task,
+)
 from shared.specs.data import (
     ARCHITECTURE_TASKS,
     PLAIN_TEXT_TASKS,
@@ -77,6 +85,15 @@ class TrainSpec(JobFields):
     )
     early_stopping: EarlyStopping | None = None
     resources: Resources = Resources()
+
+    @field_validator("task")
+    @classmethod
+    def _can_be_trained(cls, task: Task) -> Task:
+        if task in INFERENCE_ONLY:
+            raise ValueError(
+                f"task '{task}' is for batch jobs (kind 'infer') alone: {INFERENCE_ONLY[task]}"
+            )
+        return task
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

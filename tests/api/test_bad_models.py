@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -56,7 +57,36 @@ def test_models_that_cannot_do_the_task(
         "unsupported_model",
         param="model",
     )
+    for name, task in (("encoder", "scoring"), ("causal", "reranking")):
+        refused(client, infer_spec(model=name, task=task), "unsupported_model", param="model")
     submit(client, infer_spec(model="causal", task="text-generation"))
+    submit(client, infer_spec(model="causal", task="scoring", token_logprobs=True))
+
+
+def test_a_cross_encoder_has_one_label_or_two(
+    client: httpx.Client, infer_spec: Spec, place: Path
+) -> None:
+    for labels in (1, 2, 3):
+        names = {str(i): f"LABEL_{i}" for i in range(labels)}
+        write_model(place / "roots" / f"cross{labels}", {**CLASSIFIER, "id2label": names})
+    error = refused(
+        client, infer_spec(model="cross3", task="reranking"), "unsupported_model", param="model"
+    )
+    assert "more than two labels" in error["message"] and "cross-encoder" in error["hint"]
+    for labels in (1, 2):
+        submit(client, infer_spec(model=f"cross{labels}", task="reranking", top_n=3))
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"token_logprobs": True}, {"end_of_text": True}, {"top_n": 3}, {"aggregation": "max"}],
+)
+def test_options_of_one_task_are_refused_for_others(
+    client: httpx.Client, infer_spec: Spec, option: dict[str, Any]
+) -> None:
+    error = refused(client, infer_spec(**option), "invalid_spec")
+    (name,) = option
+    assert error["message"].startswith(f"{name} applies to task ")
 
 
 def test_model_folders_that_are_not_whole(

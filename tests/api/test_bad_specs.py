@@ -69,6 +69,18 @@ def test_specs_that_contradict_themselves(
         ),
         ({"zzz": 1}, "unknown field 'zzz'", "See /docs"),
         (
+            {"task": "scoring"},
+            "task 'scoring' is for batch jobs (kind 'infer') alone: it scores with a model of "
+            "text-generation: train that",
+            "",
+        ),
+        (
+            {"task": "reranking"},
+            "task 'reranking' is for batch jobs (kind 'infer') alone: it takes a cross-encoder, which "
+            "is not trained here",
+            "",
+        ),
+        (
             {
                 "hyperparameters": {"batch_size": 32, "micro_batch_size": 6},
                 "resources": {"devices": 2},
@@ -182,3 +194,31 @@ def test_a_body_that_is_no_json(client: httpx.Client, body: bytes) -> None:
 def test_json_that_is_no_spec(client: httpx.Client, body: Any) -> None:
     error = error_of(client.post("/v1/jobs", content=json.dumps(body)), 422, "invalid_spec")
     assert error["message"].startswith("a spec is an object, not ")
+
+
+@pytest.mark.parametrize(
+    ("generation", "task", "says"),
+    [
+        ({"schema": {"type": "wat"}}, "text-generation", "generation.schema cannot be used: "),
+        ({"schema": {"enum": []}}, "text-generation", "generation.schema cannot be used: "),
+        ({"schema": "x"}, "text-generation", "schema must be an object"),
+        ({"schema": {}, "stop": ["x"]}, "text-generation", "the schema says where the text ends"),
+        ({"schema": {}}, "text2text", "generation.schema applies to task 'text-generation' alone"),
+    ],
+)
+def test_schemas_that_no_text_can_be_held_to(
+    client: httpx.Client, infer_spec: Spec, generation: dict[str, Any], task: str, says: str
+) -> None:
+    spec = infer_spec(model="causal", task=task, generation=generation)
+    error = error_of(client.post("/v1/jobs", json=spec), 422, "invalid_spec")
+    assert error["message"].startswith(says)
+    assert error["param"] in ("generation.schema", "generation", None)
+
+
+def test_a_schema_is_kept_with_the_job(client: httpx.Client, infer_spec: Spec) -> None:
+    generation = {"schema": {"type": "object", "properties": {"b": {}, "a": {}}}}
+    spec = infer_spec(model="causal", task="text-generation", generation=generation)
+    kept = submit(client, spec)["spec"]["generation"]
+    assert json.loads(kept["json_schema"]) == generation["schema"]
+    # In its order, which is that of the output.
+    assert list(json.loads(kept["json_schema"])["properties"]) == ["b", "a"]

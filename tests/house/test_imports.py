@@ -18,6 +18,7 @@ CONFINED = {
     "transformers": ("workers.ranks",),
     "safetensors": ("workers.ranks",),
     "accelerate": ("workers.ranks",),
+    "llguidance": ("shared.schemas", "workers.ranks.engine.constraints"),
     "celery": ("scheduler.publisher", "workers.celery_app"),
     "kombu": ("scheduler.publisher", "workers.celery_app"),
     "fastapi": ("scheduler.api",),

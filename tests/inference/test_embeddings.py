@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, FNetConfig, FNetModel
@@ -208,3 +210,14 @@ def test_only_a_pooler_may_be_missing(encoder, models_dir, tmp_path):
     )
     with pytest.raises(LoadError, match=r"block\.2"):
         load_seq2seq(t5, dtype=torch.float32)
+
+
+def test_base64_holds_the_very_numbers(engine, encoder):
+    rows = [{"text": text} for text in TEXTS[:9]]
+    plain = engine.run(encoder, rows, embedding={"normalize": False}, **TASK)
+    packed = engine.run(encoder, rows, embedding={"normalize": False, "encoding": "base64"}, **TASK)
+    for listed, row in zip(plain.results, packed.results, strict=True):
+        data = base64.b64decode(row["output"]["embedding"])
+        vector = np.frombuffer(data, "<f4")
+        assert row["output"]["dimensions"] == len(vector) == 32 and len(data) == 4 * 32
+        assert vector.tolist() == pytest.approx(listed["output"]["embedding"], abs=1e-7)

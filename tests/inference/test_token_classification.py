@@ -8,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForTokenClassification, AutoTokenizer, ProphetNetTokenizer
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    ProphetNetTokenizer,
+    pipeline,
+)
 
 from shared.specs import InferSpec
 from workers.ranks.engine.entities import Entity, find_entities, has_prefixes
@@ -263,3 +268,47 @@ def test_a_byte_level_tokenizer_counts_no_spaces_to_words(bert):
         "the", "cat", "sat", ",", "naïve", "日本",
     ]  # fmt: skip
     assert json.dumps(prompt.source) == json.dumps(text)
+
+
+@pytest.mark.parametrize("strategy", ["none", "first", "average", "max"])
+def test_aggregation_is_that_of_the_pipeline(engine, tagger, strategy):
+    # Words of one token and of several: the vocabulary has ##ed, ##ing, ##er and ##s.
+    kept = [word for word in VOCABULARY if word.isalpha() and len(word) > 2]
+    endings = ["", "ed", "ing", "er", "s", "eds", "inger"]
+    texts = [
+        " ".join(kept[(3 * i + 7 * k) % len(kept)] + endings[(i + k) % 7] for k in range(2 + i % 9))
+        for i in range(30)
+    ]
+    theirs = pipeline("token-classification", str(tagger), aggregation_strategy=strategy)
+    outcome = engine.run(tagger, [{"text": t} for t in texts], aggregation=strategy, **TASK)
+    name = "entity" if strategy == "none" else "entity_group"
+    found = 0
+    for text, result in zip(texts, outcome.results, strict=True):
+        expected = theirs(text)
+        entities = result["output"]["entities"]
+        found += len(entities)
+        assert [(e["label"], e["start"], e["end"]) for e in entities] == [
+            (e[name], e["start"], e["end"]) for e in expected
+        ]
+        assert [e["score"] for e in entities] == pytest.approx(
+            [float(e["score"]) for e in expected], abs=1e-4
+        )
+        assert all(e["text"] == text[e["start"] : e["end"]] for e in entities)
+    assert found > 30
+
+
+def test_aggregation_decides_the_tags_of_words(engine, tagger):
+    rows = [{"tokens": ["visiteded", "merkels", *words(4, i)]} for i in range(8)]
+    tags = {
+        strategy: [
+            tuple(r["output"]["tags"])
+            for r in engine.run(tagger, rows, aggregation=strategy, **TASK).results
+        ]
+        for strategy in ("none", "first", "average", "max")
+    }
+    assert tags["none"] == tags["first"]
+    assert len({str(found) for found in tags.values()}) > 1
+    single = engine.run(tagger, rows, aggregation="none", **TASK).results
+    for row in single:
+        named = [(i, tag) for i, tag in enumerate(row["output"]["tags"]) if tag != "O"]
+        assert [(e["start"], e["label"]) for e in row["output"]["entities"]] == named

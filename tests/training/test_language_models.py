@@ -27,13 +27,13 @@ from tests.training.cases import CASES, Case
 from tests.training.harness import Gang, make_assignment, write_rows
 from tests.training.models import make_gpt2, make_masked_bert
 from workers.ranks.loading import LoadError
+from workers.ranks.spans import assistant_spans, runs, touching
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import IGNORED, Examples, Ragged
 from workers.ranks.train.failures import DataProblem, TrainingFailed
 from workers.ranks.train.parallel import set_aside_unused
 from workers.ranks.train.tasks import Task, open_task
 from workers.ranks.train.tasks.fill_mask import FillMask
-from workers.ranks.train.tasks.spans import assistant_spans, runs, touching
 
 CPU = Compute(torch.device("cpu"), "gloo", None)
 CHATML = (

@@ -2,8 +2,9 @@
 
 In reading order: ``process`` (messages), ``attempt`` (shards), ``inputs``, ``prompts`` and ``words`` (a line
 becomes tokens), ``tasks`` (which computation), then the computations. Encoders: ``passes`` over ``batching``
-with ``classification``, ``tagging`` and ``entities``, ``masks``, ``embeddings``. Writing: ``generating`` with
-``generation`` over ``runners`` and ``slots``, ``text2text`` over ``lockstep``. Last ``models`` and ``families``.
+with ``classification``, ``tagging`` and ``entities``, ``masks``, ``embeddings``, ``reranking``; in the same way
+``scoring``. Writing: ``generating`` (with ``constraints``), ``generation`` over ``runners``, ``slots`` and
+``prefixes``, ``text2text`` over ``lockstep``. Last ``models`` and ``families``.
 """
 
 from workers.ranks.engine.process import main

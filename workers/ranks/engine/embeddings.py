@@ -6,6 +6,7 @@ pooling (its ``config.json`` names the mode) and maybe more.
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ class Embeddings(SortedPasses):
         super().__init__(loaded)
         self._pooling = choose_pooling(Path(loaded.key.path), options)
         self._normalize = options.normalize
+        self._encoding = options.encoding
 
     def read(self, batch: Batch) -> list[dict[str, Any] | None]:
         hidden = self.forward(batch).last_hidden_state.float()
@@ -44,11 +46,14 @@ class Embeddings(SortedPasses):
         if self._normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         finite = vectors.isfinite().all(dim=-1).tolist()
+        shown: list[Any]
+        if self._encoding == "base64":
+            shown = [base64.b64encode(row).decode() for row in vectors.cpu().numpy().astype("<f4")]
+        else:
+            shown = vectors.double().round(decimals=_DECIMALS).tolist()
         return [
-            {"embedding": vector, "dimensions": len(vector)} if good else None
-            for vector, good in zip(
-                vectors.double().round(decimals=_DECIMALS).tolist(), finite, strict=True
-            )
+            {"embedding": vector, "dimensions": vectors.shape[-1]} if good else None
+            for vector, good in zip(shown, finite, strict=True)
         ]
 
 

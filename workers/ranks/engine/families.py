@@ -49,7 +49,9 @@ def load_for_task(task: Task, path: str, dtype: torch.dtype) -> PreTrainedModel:
             return load_encoder(path, dtype=dtype)
         case "text2text" | "summarization":
             return _load_seq2seq(path, dtype)
-        case "text-generation":
+        case "reranking":
+            return _load_cross_encoder(path, dtype)
+        case "text-generation" | "scoring":
             return _load_causal_lm(path, dtype)
 
 
@@ -74,14 +76,15 @@ def refuse_tokenizer(task: Task, path: str, tokenizer: PreTrainedTokenizerBase) 
 def context_length(
     task: Task, path: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> int:
-    """Tokens that a row may have: for text-generation input and output together, else the input."""
+    """Tokens that a row may have: for text-generation input and output together, else the input (a
+    pair of texts, for reranking)."""
     config = model.config.get_text_config()
     positions = (
         getattr(config, "max_encoder_position_embeddings", None)
         or getattr(config, "max_position_embeddings", None)
         or _NO_LIMIT
     )
-    if task == "text-generation":
+    if task in ("text-generation", "scoring"):
         return int(positions)
     for name, module in model.named_modules():
         # RoBERTa and kin number positions from padding_idx + 1: the table has fewer of use.
@@ -109,6 +112,21 @@ def _load_classifier(task: Task, path: str, dtype: torch.dtype) -> PreTrainedMod
             hint=f"Fine-tune it for {task} first and use that job's model.",
         )
     return classifier.model
+
+
+def _load_cross_encoder(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    found = load_sequence_classifier(path, dtype=dtype)
+    labels = found.model.config.num_labels or 1
+    if found.fresh_head or labels > 2:
+        what = (
+            f"tells {labels} labels apart" if labels > 2 else "has no trained classification head"
+        )
+        raise UnsupportedModel(
+            f"model '{Path(path).name}' {what}: reranking needs one score for a pair of texts",
+            param="model",
+            hint="Choose a cross-encoder: a sequence classifier with one label, or with two.",
+        )
+    return found.model
 
 
 def _require_encoder(path: str, use: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from shared.rows import result, row_error
 from shared.specs import Generation
 from workers.ranks.engine.computation import Answered, Step
+from workers.ranks.engine.constraints import Constraint, Constraints
 from workers.ranks.engine.device import is_out_of_memory, release_unused
 from workers.ranks.engine.likelihoods import Likelihoods, adjust
 from workers.ranks.engine.models import LoadedModel
@@ -77,6 +78,12 @@ class ActiveRow:
     """What the model's own output begins with; empty where it continues the prompt."""
     generated: list[int] = field(default_factory=list)
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    constraint: Constraint | None = None
+    """Where the text is under its schema, from its first token on."""
+
+    @property
+    def schema(self) -> str | None:
+        return self.options.json_schema
 
     @property
     def options(self) -> Generation:
@@ -133,6 +140,8 @@ class Endings:
         if row.generated[-1] in self.tokens(row):
             text = detokenizer.text(before, row.generated[:-1])
             return _output(row, text, "length" if full and self._forced_end else "stop")
+        if row.constraint is not None and row.constraint.done:
+            return _output(row, detokenizer.text(before, row.generated), "stop")
         before_stop = detokenizer.stopped(before, row.generated)
         if before_stop is not None:
             return _output(row, before_stop, "stop")
@@ -168,6 +177,7 @@ class Generating(ABC):
         """Rows that memory has room for, once it has run out."""
         self._endings = endings
         self._likelihoods = Likelihoods(loaded.tokenizer)
+        self._constraints = Constraints(loaded, end_tokens(loaded))
         # Kept across a step that runs out of memory after some of its rows were finished.
         self._finished: list[Answered] = []
 
@@ -209,7 +219,7 @@ class Generating(ABC):
 
     @property
     def busy(self) -> bool:
-        return bool(len(self.turns) or self.active)
+        return bool(len(self.turns) or self.active or self._finished)
 
     def wants_rows(self, owner: str) -> bool:
         return self.turns.waiting(owner) < self.max_rows
@@ -232,6 +242,12 @@ class Generating(ABC):
         # Rows of similar length together: less padding, less masked memory in decode.
         for prompt in sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.row)):
             answer = Answer(prompt)
+            schema = prompt.generation.json_schema
+            if schema is not None and (problem := self._constraints.problem(schema)) is not None:
+                self._finished.append(
+                    Answered(prompt.owner, answer.fail("invalid_generation", f"schema: {problem}"))
+                )
+                continue
             self.turns.add(
                 self.begin(prompt, answer, sample) for sample in range(prompt.generation.n)
             )
@@ -260,13 +276,18 @@ class Generating(ABC):
             logits: [rows, vocabulary].
         """
         ends = [self._endings.tokens(row) for row in rows]
-        chosen = next_tokens(adjust(logits, rows, ends), [row.draw for row in rows])
+        likely = self._constraints.apply(adjust(logits, rows, ends), rows)
+        chosen = next_tokens(likely, [row.draw for row in rows])
         told = self._likelihoods.of(logits, chosen, [row.options.logprobs for row in rows])
         finished: set[int] = set()
         for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
             row.generated.append(token)
             if (entry := told[place]) is not None:
                 row.logprobs.append(entry)
+            if row.constraint is not None and not row.answer.closed:
+                row.constraint.take(token)
+                if (problem := row.constraint.problem) is not None:
+                    self._fail(row.answer, "invalid_generation", f"schema: {problem}")
             if row.answer.closed:
                 finished.add(place)
             elif (output := self._endings.output(row)) is not None:
@@ -290,16 +311,17 @@ class Generating(ABC):
             # The culprit is found: the others may share the memory as before.
             self._memory_rows = None
             message = f"{self.reach(rows[0])} tokens do not fit into the device's memory"
-            answer = rows[0].answer
-            self._finished.append(
-                Answered(answer.prompt.owner, answer.fail("out_of_memory", message))
-            )
+            self._fail(rows[0].answer, "out_of_memory", message)
             self.turns.done(rows[0])
-            self.turns.drop(lambda row: row.answer is answer)
             return
         self._memory_rows = max(1, len(rows) // 2)
         print(f"out of memory with {len(rows)} rows: going on with {self._memory_rows}", flush=True)
         self.turns.give_back(rows)
+
+    def _fail(self, answer: Answer, code: str, message: str) -> None:
+        """End a row with an error; its other texts that wait are dropped."""
+        self._finished.append(Answered(answer.prompt.owner, answer.fail(code, message)))
+        self.turns.drop(lambda row: row.answer is answer)
 
 
 def count_by_owner(rows: Sequence[ActiveRow]) -> Counter[str]:

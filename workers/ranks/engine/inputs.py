@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from shared.explain import explain
 from shared.rows import MAX_LINE_BYTES
+from shared.schemas import why_unusable
 from shared.specs import GENERATIVE, OF_A_ROW, Generation, InferSpec
 
 
@@ -29,13 +30,19 @@ class RowProblem(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row that may be computed: exactly one of ``text``, ``messages`` and ``words`` is set."""
+    """A row that may be computed: exactly one of ``text``, ``messages``, ``words`` and ``documents`` is
+    set."""
 
     row: int
     id: Any
     text: str | None = None
     messages: list[dict[str, str]] | None = None
     words: tuple[str, ...] | None = None
+    completion: str | None = None
+    """What follows ``text``, which then is its prompt."""
+    query: str | None = None
+    """What ``text`` or each of the ``documents`` is compared with."""
+    documents: tuple[str, ...] | None = None
     generation: Generation | None = None
     """The row's own options; None: the job's."""
     own_seed: bool = False
@@ -47,7 +54,7 @@ def read_request(row: int, line: bytes, spec: InferSpec) -> Request:
 
     Raises:
         RowProblem: line_too_long, invalid_utf8, invalid_json, invalid_row, missing_column,
-            empty_text, invalid_messages, invalid_tokens or invalid_generation.
+            empty_text, invalid_messages, invalid_tokens, invalid_documents or invalid_generation.
     """
     fields = _parse(line)
     id = fields.get("id")
@@ -56,20 +63,27 @@ def read_request(row: int, line: bytes, spec: InferSpec) -> Request:
     try:
         request = _request(row, id, fields, spec)
         if spec.task in GENERATIVE and isinstance(own := fields.get(OF_A_ROW), dict):
-            request = _with_own_options(request, own, spec.sampling)
+            request = _with_own_options(request, own, spec)
     except RowProblem as problem:
         problem.id = id
         raise
     return request
 
 
-def _with_own_options(request: Request, own: dict[str, Any], job: Generation) -> Request:
+def _with_own_options(request: Request, own: dict[str, Any], spec: InferSpec) -> Request:
+    own = {"json_schema" if name == "schema" else name: value for name, value in own.items()}
     try:
-        options = Generation.model_validate({**job.model_dump(exclude_unset=True), **own})
+        options = Generation.model_validate({**spec.sampling.model_dump(exclude_unset=True), **own})
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         field = ".".join(map(str, first["loc"])) or OF_A_ROW
         raise RowProblem("invalid_generation", f"'{OF_A_ROW}': {explain(first, field)}") from None
+    if options.json_schema is not None:
+        problem = why_unusable(options.json_schema)
+        if spec.task != "text-generation":
+            problem = f"it applies to task 'text-generation' alone, not to '{spec.task}'"
+        if problem is not None:
+            raise RowProblem("invalid_generation", f"'{OF_A_ROW}': schema: {problem}")
     return replace(request, generation=options, own_seed="seed" in own)
 
 
@@ -98,6 +112,10 @@ def _parse(line: bytes) -> dict[str, Any]:
 def _request(row: int, id: Any, fields: dict[str, Any], spec: InferSpec) -> Request:
     if spec.task == "token-classification":
         return _tagging_request(row, id, fields, spec.text_column)
+    if spec.task == "scoring":
+        return _scoring_request(row, id, fields, spec.text_column)
+    if spec.task == "reranking":
+        return _reranking_request(row, id, fields, spec.text_column)
     if spec.task != "text-generation":
         return Request(row, id, text=_text(fields, spec.text_column or "text"))
     if spec.text_column is not None:
@@ -125,6 +143,64 @@ def _tagging_request(row: int, id: Any, fields: dict[str, Any], asked: str | Non
     return Request(row, id, text=_text(fields, column))
 
 
+def _scoring_request(row: int, id: Any, fields: dict[str, Any], asked: str | None) -> Request:
+    if asked is None:
+        named: list[str] = [n for n in ("messages", "completion", "text") if n in fields]
+        if "prompt" in fields and "completion" not in fields:
+            named.insert(0, "prompt")
+        if len(named) > 1:
+            both = f"'{named[0]}' and '{named[1]}'"
+            raise RowProblem("invalid_row", f"the row has both {both}: keep one")
+        if "completion" in fields or "prompt" in fields:
+            prompt = _text(fields, "prompt", may_be_empty=True)
+            return Request(row, id, text=prompt, completion=_text(fields, "completion"))
+        if not named:
+            what = "no 'text', no 'prompt' with 'completion' and no 'messages'"
+            raise RowProblem("missing_column", f"{what}; {_columns(fields)}")
+    column = asked or ("messages" if "messages" in fields else "text")
+    value = fields.get(column)
+    if not isinstance(value, list) and column != "messages":
+        return Request(row, id, text=_text(fields, column))
+    messages = _messages(value, column)
+    if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+        raise RowProblem(
+            "invalid_messages",
+            f"'{column}' must end with what the assistant says: that is what is scored",
+        )
+    return Request(row, id, messages=messages)
+
+
+def _reranking_request(row: int, id: Any, fields: dict[str, Any], asked: str | None) -> Request:
+    query = _text(fields, "query")
+    if asked is None and "documents" in fields and "text" in fields:
+        raise RowProblem("invalid_row", "the row has both 'documents' and 'text': keep one")
+    if asked is None and not {"documents", "text"} & fields.keys():
+        raise RowProblem("missing_column", f"no 'documents' and no 'text'; {_columns(fields)}")
+    column = asked or ("documents" if "documents" in fields else "text")
+    value = fields.get(column)
+    if isinstance(value, list) or (asked is None and column == "documents"):
+        return Request(row, id, query=query, documents=_documents(value, column))
+    return Request(row, id, query=query, text=_text(fields, column))
+
+
+def _documents(value: Any, column: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        was = "an empty one" if value == [] else _kind(value)
+        raise RowProblem(
+            "invalid_documents", f"column '{column}' must be a list of texts, not {was}"
+        )
+    for i, text in enumerate(value):
+        if not isinstance(text, str):
+            raise RowProblem(
+                "invalid_documents", f"'{column}'[{i}] must be a string, not {_kind(text)}"
+            )
+        if not text.strip():
+            raise RowProblem("empty_text", f"'{column}'[{i}] is empty")
+        if not _is_utf8(text):
+            raise RowProblem("invalid_utf8", f"'{column}'[{i}] holds half of a surrogate pair")
+    return tuple(value)
+
+
 def _words(value: Any, column: str) -> tuple[str, ...]:
     if not isinstance(value, list):
         raise RowProblem(
@@ -143,7 +219,7 @@ def _words(value: Any, column: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _text(fields: dict[str, Any], column: str) -> str:
+def _text(fields: dict[str, Any], column: str, *, may_be_empty: bool = False) -> str:
     if column not in fields:
         raise RowProblem("missing_column", f"no column '{column}'; {_columns(fields)}")
     value = fields[column]
@@ -151,7 +227,7 @@ def _text(fields: dict[str, Any], column: str) -> str:
         raise RowProblem(
             "missing_column", f"column '{column}' must be a string, not {_kind(value)}"
         )
-    if not value.strip():
+    if not value.strip() and not may_be_empty:
         raise RowProblem("empty_text", f"column '{column}' is empty")
     if not _is_utf8(value):
         raise RowProblem("invalid_utf8", f"column '{column}' holds half of a surrogate pair")

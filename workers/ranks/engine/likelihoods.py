@@ -94,5 +94,10 @@ class Likelihoods:
         return told
 
     def _entry(self, token: int, value: float) -> dict[str, Any]:
-        text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
-        return {"token": text, "id": token, "logprob": round(value, 6)}
+        return token_entry(self._tokenizer, token, value)
+
+
+def token_entry(tokenizer: PreTrainedTokenizerBase, token: int, value: float) -> dict[str, Any]:
+    """What is told of a token and its log-probability."""
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    return {"token": text, "id": token, "logprob": round(value, 6)}

@@ -1,6 +1,7 @@
 """Encoder-type tasks: sorted batches under a budget of padded tokens, one forward pass a step.
 
-What a task makes of a pass is in its own module: ``classification``, ``tagging``, ``masks``, ``embeddings``.
+What a task makes of a pass is in its own module: ``classification``, ``tagging``, ``masks``, ``embeddings``,
+``scoring``, ``reranking``.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ LATE_ROWS = 32
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of one pass, right-padded. ``ids`` and ``mask`` are [rows, width] on the device."""
+    """Rows of one pass, right-padded. ``ids``, ``mask`` and, of pairs, ``types`` are [rows, width] on the
+    device."""
 
     prompts: list[Prompt]
     ids: torch.Tensor
     mask: torch.Tensor
+    types: torch.Tensor | None = None
 
 
 class SortedPasses(ABC):
@@ -62,6 +65,10 @@ class SortedPasses(ABC):
     def read(self, batch: Batch) -> Sequence[dict[str, Any] | None]:
         """Compute a batch: the output of each row, None where the model's numbers are not finite.
         May run out of memory."""
+
+    def answer(self, prompt: Prompt, found: dict[str, Any]) -> dict[str, Any] | None:  # noqa: ARG002
+        """The result of a row out of that of a prompt; None while other parts of the row are missing."""
+        return found
 
     def join(self, owner: str, rows: int) -> None:
         self._batch_sizes[owner] = rows
@@ -140,20 +147,28 @@ class SortedPasses(ABC):
         for prompt in prompts:
             self._turns.done(prompt)
             tokens[prompt.owner] += len(prompt.ids)
-        found = zip(prompts, results, strict=True)
-        return Step([Answered(prompt.owner, result) for prompt, result in found], tokens)
+        answers = [
+            Answered(prompt.owner, whole)
+            for prompt, found in zip(prompts, results, strict=True)
+            if (whole := self.answer(prompt, found)) is not None
+        ]
+        return Step(answers, tokens)
 
     def forward(self, batch: Batch) -> Any:
         """The model's output for a batch."""
+        pairs = {} if batch.types is None else {"token_type_ids": batch.types}
         if len(batch.prompts) == 1:
             # Without padding there is nothing to mask, and not every model takes a mask.
-            return self._model(input_ids=batch.ids)
-        return self._model(input_ids=batch.ids, attention_mask=batch.mask)
+            return self._model(input_ids=batch.ids, **pairs)
+        return self._model(input_ids=batch.ids, attention_mask=batch.mask, **pairs)
 
     @torch.inference_mode()
     def _compute(self, prompts: list[Prompt]) -> Sequence[dict[str, Any] | None]:
         ids, mask = pad_rows([prompt.ids for prompt in prompts], self._pad, self._device)
-        return self.read(Batch(prompts, ids, mask))
+        types = None
+        if prompts[0].types:
+            types, _ = pad_rows([prompt.types for prompt in prompts], 0, self._device)
+        return self.read(Batch(prompts, ids, mask, types))
 
     def _without_memory(self, prompts: list[Prompt]) -> Step:
         release_unused(self._device)

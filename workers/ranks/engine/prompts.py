@@ -19,23 +19,31 @@ DEFAULTS = Generation()
 @dataclass(frozen=True, slots=True)
 class Word:
     """A word of a prompt: where it is in its source (characters of a text, or the place in a list),
-    and the first of its tokens; None where it has none, or was cut away."""
+    and the first and the last of its tokens; None where it has none, or was cut away."""
 
     start: int
     end: int
     token: int | None
+    last: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A row as the model takes it. ``source`` and ``words`` are there for the tasks whose output
-    points back into the input."""
+    """A row as the model takes it, or a part of one. ``source`` and ``words`` are there for the tasks
+    whose output points back into the input."""
 
     row: int
     id: Any
     ids: tuple[int, ...]
     source: str | tuple[str, ...] = ""
     words: tuple[Word, ...] = ()
+    types: tuple[int, ...] = ()
+    """For each token which text of a pair it is of, where the model wants to know."""
+    scored: tuple[int, ...] = ()
+    """Places of the tokens whose likelihood is asked for."""
+    part: int = 0
+    parts: int | None = None
+    """Which part of the row this is, and how many there are; None: it is the whole row."""
     generation: Generation = DEFAULTS
     """For the tasks that write text."""
     own_seed: bool = False

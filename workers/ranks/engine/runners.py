@@ -36,8 +36,22 @@ class Runner(Protocol):
     def reserve(self, length: int, slots: int) -> None:
         """Make room for so many rows of ``length`` tokens; may run out of memory."""
 
-    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Compute whole prompts into the slots from ``first`` on; last logits [rows, vocabulary]."""
+    def prefill(
+        self, first: int, prompts: Sequence[Sequence[int]], known: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Compute prompts into the slots from ``first`` on; last logits [rows, vocabulary].
+
+        Args:
+            known: how many tokens of each prompt its slot holds already, at least one each and never
+                all; empty: the prompts are computed whole.
+        """
+
+    def read(self, slot: int, length: int) -> list[torch.Tensor]:
+        """A copy of what a slot holds of its first ``length`` tokens. Only asked of runners that know
+        their ``bytes_per_position``."""
+
+    def write(self, slot: int, states: list[torch.Tensor], length: int) -> None:
+        """Put the first ``length`` tokens of such a copy into a slot."""
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         """One token for each of the slots from 0 on; logits [rows, vocabulary]."""
@@ -66,7 +80,11 @@ class SlotRunner:
     def reserve(self, length: int, slots: int) -> None:
         self._cache.reserve(length, slots)
 
-    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def prefill(
+        self, first: int, prompts: Sequence[Sequence[int]], known: Sequence[int] = ()
+    ) -> torch.Tensor:
+        if known:
+            return self._extend(first, prompts, known)
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         for i, prompt in enumerate(prompts):
@@ -86,6 +104,34 @@ class SlotRunner:
                 torch.arange(width, device=self._device).expand(len(prompts), width),
             )
         return logits[:, 0] if narrowed() else logits[rows, last]
+
+    def _extend(
+        self, first: int, prompts: Sequence[Sequence[int]], known: Sequence[int]
+    ) -> torch.Tensor:
+        rest = [list(prompt[start:]) for prompt, start in zip(prompts, known, strict=True)]
+        width, visible = max(map(len, rest)), max(map(len, prompts)) + 1
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rest])
+        # Padding is written behind its row's end, where the first token of decoding overwrites it: any
+        # further on, it could be beyond the positions that the model has.
+        ends = torch.tensor([len(prompt) for prompt in prompts], device=self._device)[:, None]
+        places = torch.tensor(known, device=self._device)[:, None] + torch.arange(
+            width, device=self._device
+        )
+        places = places.minimum(ends)
+        mask = torch.arange(visible, device=self._device) <= places[..., None]
+        self._cache.reserve(visible)
+        self._cache.begin_extend(first, places, visible)
+        rows = torch.arange(len(prompts), device=self._device)
+        last = torch.tensor([len(row) - 1 for row in rest], device=self._device)
+        with only_at(self._model, rows, last, ids.shape) as narrowed:
+            logits = self._forward(ids.to(self._device), mask[:, None], places)
+        return logits[:, 0] if narrowed() else logits[rows, last]
+
+    def read(self, slot: int, length: int) -> list[torch.Tensor]:
+        return self._cache.read(slot, length)
+
+    def write(self, slot: int, states: list[torch.Tensor], length: int) -> None:
+        self._cache.write(slot, states, length)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
         visible = max(positions) + 1
@@ -137,9 +183,20 @@ class SingleRunner:
     def reserve(self, length: int, slots: int) -> None:
         """Nothing to do: the model's own cache grows by itself."""
 
-    def prefill(self, first: int, prompts: Sequence[Sequence[int]]) -> torch.Tensor:  # noqa: ARG002
+    def prefill(
+        self,
+        first: int,  # noqa: ARG002
+        prompts: Sequence[Sequence[int]],
+        known: Sequence[int] = (),  # noqa: ARG002
+    ) -> torch.Tensor:
         self._past = None
         return self._forward(prompts[0])
+
+    def read(self, slot: int, length: int) -> list[torch.Tensor]:
+        raise NotImplementedError("the cache of any model has no known form")
+
+    def write(self, slot: int, states: list[torch.Tensor], length: int) -> None:
+        raise NotImplementedError("the cache of any model has no known form")
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:  # noqa: ARG002
         return self._forward(tokens)
@@ -166,8 +223,9 @@ class SingleRunner:
 def measure_slots(model: PreTrainedModel) -> int | None:
     """Bytes of cache per position if the model can decode over slots; None if it cannot.
 
-    Two rows of different length are prefilled and decoded over slots and computed plainly; any
-    difference (ALiBi built from 2-D masks, recurrent layers, sliding windows) rules slots out.
+    Two rows of different length are prefilled and decoded over slots, one of them also behind a beginning
+    that was copied, and computed plainly; any difference (ALiBi built from 2-D masks, recurrent layers,
+    sliding windows) rules slots out.
     """
     if not _attends_to_everything(model):
         return None
@@ -177,17 +235,21 @@ def measure_slots(model: PreTrainedModel) -> int | None:
     try:
         prefilled = runner.prefill(0, [row[:-1] for row in rows])
         decoded = runner.decode([row[-1] for row in rows], [len(row) - 1 for row in rows])
+        runner.write(1, runner.read(0, 2), 2)
+        extended = runner.prefill(1, [rows[0][:-1]], [2])
         plain = [_plain_logits(model, row) for row in rows]
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever a model of any architecture does with what it does not expect
         return None
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    pairs = [(extended[0], plain[0][-2])]
     for i, reference in enumerate(plain):
-        scale = reference.abs().max().item() or 1.0
-        for ours, theirs in ((prefilled[i], reference[-2]), (decoded[i], reference[-1])):
-            if not (ours.float() - theirs).abs().max().item() <= tolerance * scale:
-                return None
+        pairs += [(prefilled[i], reference[-2]), (decoded[i], reference[-1])]
+    for ours, theirs in pairs:
+        scale = theirs.abs().max().item() or 1.0
+        if not (ours.float() - theirs).abs().max().item() <= tolerance * scale:
+            return None
     return runner.measured_bytes_per_position
 
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 from shared.messages import InferAssignment
-from shared.specs import GENERATIVE, InferSpec
+from shared.specs import GENERATIVE, OPTIONS_OF_A_TASK, InferSpec
 from workers.ranks.engine.computation import Computation, Step
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.tasks import choose_computation
@@ -79,4 +79,5 @@ def _particular(spec: InferSpec) -> Hashable:
     each row."""
     if spec.task in GENERATIVE:
         return None
-    return (spec.top_k_labels, spec.embedding)
+    options = (getattr(spec, name) for name in OPTIONS_OF_A_TASK)
+    return (spec.top_k_labels, spec.embedding, *options)

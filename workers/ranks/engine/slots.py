@@ -20,8 +20,8 @@ class SlotCache(DynamicCache):
     """Passed to a Transformers decoder as ``past_key_values``; layers appear as they are first
     written, so that every layer may have its own number of heads and head size.
 
-    Call :meth:`begin_prefill` or :meth:`begin_decode` before each forward pass; ``update`` is then
-    called by the model's layers.
+    Call :meth:`begin_prefill`, :meth:`begin_extend` or :meth:`begin_decode` before each forward pass;
+    ``update`` is then called by the model's layers.
     """
 
     def __init__(self, slots: int) -> None:
@@ -60,10 +60,26 @@ class SlotCache(DynamicCache):
         """The next pass computes whole prompts for the slots from ``first`` on."""
         self._first, self._positions = first, None
 
+    def begin_extend(self, first: int, positions: torch.Tensor, visible: int) -> None:
+        """The next pass computes tokens behind what the slots from ``first`` on hold already: token ``t``
+        of row ``i`` at ``positions[i, t]``; ``visible`` is the largest position plus one."""
+        self._first, self._positions, self._visible = first, positions, visible
+
     def begin_decode(self, positions: torch.Tensor, visible: int) -> None:
         """The next pass computes one token for the slots from 0 on, row ``i`` at ``positions[i]``;
         ``visible`` is the largest position plus one."""
-        self._positions, self._visible = positions, visible
+        self._first, self._positions, self._visible = 0, positions, visible
+
+    def read(self, slot: int, length: int) -> list[torch.Tensor]:
+        """A copy of the first ``length`` positions of a slot: keys and values of each layer, [heads,
+        positions, size]."""
+        tensors = (*self._keys, *self._values)
+        return [tensor[slot, :, :length].clone() for tensor in tensors]
+
+    def write(self, slot: int, states: list[torch.Tensor], length: int) -> None:
+        """Put the first ``length`` positions of what :meth:`read` gave into a slot."""
+        for tensor, kept in zip((*self._keys, *self._values), states, strict=True):
+            tensor[slot, :, :length] = kept[:, :length]
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a slot over another."""
@@ -89,6 +105,12 @@ class SlotCache(DynamicCache):
             keys[self._first : self._first + rows, :, :new] = key_states
             values[self._first : self._first + rows, :, :new] = value_states
             return key_states, value_states
+        if self._positions.dim() == 2:
+            rows_there = torch.arange(self._first, self._first + rows, device=keys.device)[:, None]
+            keys[rows_there, :, self._positions] = key_states.transpose(1, 2)
+            values[rows_there, :, self._positions] = value_states.transpose(1, 2)
+            there = slice(self._first, self._first + rows)
+            return keys[there, :, : self._visible], values[there, :, : self._visible]
         row = torch.arange(rows, device=keys.device)
         keys[row, :, self._positions] = key_states[:, :, 0]
         values[row, :, self._positions] = value_states[:, :, 0]

@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from workers.ranks.engine.classification import label_names
-from workers.ranks.engine.entities import find_entities, has_prefixes
+from workers.ranks.engine.entities import OUTSIDE, Entity, find_entities, has_prefixes
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.passes import Batch, SortedPasses
-from workers.ranks.engine.prompts import Prompt
+from workers.ranks.engine.prompts import Prompt, Word
 
 
 class Tagging(SortedPasses):
-    """The first token of a word decides its tag, as in training."""
+    """A tag a word, by the tokens that ``aggregation`` names; by the first, as in training, unless
+    something else is asked for. ``average`` and ``max`` are those of Transformers' pipeline."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
+    def __init__(self, loaded: LoadedModel, *, aggregation: str = "first") -> None:
         super().__init__(loaded)
         self._labels = label_names(loaded)
         self._prefixed = has_prefixes(self._labels)
+        self._aggregation = aggregation
 
     def read(self, batch: Batch) -> list[dict[str, Any] | None]:
-        best = self.forward(batch).logits.float().softmax(dim=-1).max(dim=-1)
-        rows = zip(batch.prompts, best.values.tolist(), best.indices.tolist(), strict=True)
-        return [self._output(prompt, scores, classes) for prompt, scores, classes in rows]
+        chances = self.forward(batch).logits.float().softmax(dim=-1).cpu().numpy()
+        rows = zip(batch.prompts, chances, strict=True)
+        return [self._output(prompt, row[: len(prompt.ids)]) for prompt, row in rows]
 
-    def _output(
-        self, prompt: Prompt, scores: list[float], classes: list[int]
-    ) -> dict[str, Any] | None:
-        if not all(map(math.isfinite, scores[: len(prompt.ids)])):
+    def _output(self, prompt: Prompt, chances: NDArray[np.float32]) -> dict[str, Any] | None:
+        if not np.isfinite(chances).all():
             return None
-        firsts = [word.token for word in prompt.words]
-        tags = [None if at is None else self._labels[classes[at]] for at in firsts]
-        chances = [None if at is None else scores[at] for at in firsts]
+        told = [self._tag(word, chances) for word in prompt.words]
+        tags, scores = [tag for tag, _ in told], [score for _, score in told]
         entities = []
-        for entity in find_entities(tags, chances, prefixed=self._prefixed):
+        for entity in self._entities(tags, scores):
             start, end = prompt.words[entity.first].start, prompt.words[entity.last].end
             piece = prompt.source[start:end]
             entities.append(
@@ -48,4 +50,31 @@ class Tagging(SortedPasses):
             )
         if isinstance(prompt.source, str):
             return {"entities": entities}
-        return {"tags": tags, "scores": chances, "entities": entities}
+        return {"tags": tags, "scores": scores, "entities": entities}
+
+    def _tag(
+        self, word: Word, chances: NDArray[np.float32]
+    ) -> tuple[str, float] | tuple[None, None]:
+        """Of a word, out of the probabilities [tokens, labels] of its row."""
+        if word.token is None:
+            return None, None
+        last = word.token if word.last is None else word.last
+        tokens = chances[word.token : last + 1]
+        if self._aggregation == "average":
+            of_word = tokens.mean(axis=0)
+        elif self._aggregation == "max":
+            of_word = tokens[tokens.max(axis=1).argmax()]
+        else:
+            of_word = tokens[0]
+        best = int(of_word.argmax())
+        return self._labels[best], float(of_word[best])
+
+    def _entities(self, tags: Sequence[str | None], scores: Sequence[float | None]) -> list[Entity]:
+        if self._aggregation != "none":
+            return find_entities(tags, scores, prefixed=self._prefixed)
+        told = zip(tags, scores, strict=True)
+        return [
+            Entity(tag, score, at, at)
+            for at, (tag, score) in enumerate(told)
+            if tag is not None and score is not None and tag != OUTSIDE
+        ]

@@ -12,7 +12,9 @@ from workers.ranks.engine.generation import TextGeneration
 from workers.ranks.engine.masks import MaskEncoder, MaskFilling
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.prompts import Encoder, PromptEncoder
+from workers.ranks.engine.reranking import PairEncoder, Reranking
 from workers.ranks.engine.runners import choose_runner
+from workers.ranks.engine.scoring import Scoring, ScoringEncoder
 from workers.ranks.engine.tagging import Tagging
 from workers.ranks.engine.text2text import TextToText
 from workers.ranks.engine.words import WordEncoder
@@ -25,6 +27,10 @@ def choose_encoder(assignment: InferAssignment, loaded: LoadedModel) -> Encoder:
         return WordEncoder(tokenizer, spec, context)
     if spec.task == "fill-mask":
         return MaskEncoder(tokenizer, spec, context)
+    if spec.task == "scoring":
+        return ScoringEncoder(tokenizer, spec, context)
+    if spec.task == "reranking":
+        return PairEncoder(tokenizer, spec, context)
     return PromptEncoder(tokenizer, spec, context)
 
 
@@ -40,11 +46,15 @@ def choose_computation(assignment: InferAssignment, loaded: LoadedModel) -> Comp
         case "text-classification":
             return Classification(loaded, top_k=spec.top_k_labels)
         case "token-classification":
-            return Tagging(loaded)
+            return Tagging(loaded, aggregation=spec.aggregation)
         case "fill-mask":
             return MaskFilling(loaded, top_k=spec.top_k_labels)
         case "embeddings":
             return Embeddings(loaded, options=spec.embedding or Embedding())
+        case "scoring":
+            return Scoring(loaded, tell_tokens=spec.token_logprobs, end_of_text=spec.end_of_text)
+        case "reranking":
+            return Reranking(loaded, top_n=spec.top_n)
         case "text2text" | "summarization":
             return TextToText(loaded, cache_bytes=budget)
         case "text-generation":

@@ -28,6 +28,7 @@ class WordEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, spec: InferSpec, context: int) -> None:
         self._tokenizer = tokenizer
         self._limit = InputLimit(spec, context)
+        self._token_by_token = spec.aggregation == "none"
 
     def encode(self, requests: Sequence[Request]) -> tuple[list[Prompt], list[dict[str, Any]]]:
         """See :class:`workers.ranks.engine.prompts.Encoder`."""
@@ -46,7 +47,10 @@ class WordEncoder:
         if self._limit.must_cut(len(encoding.ids)):
             encoding = self._tokenise(source, truncation=True, max_length=self._limit.tokens)
         if isinstance(source, str):
-            words = words_of_text(source, encoding.word_ids, encoding.offsets)
+            ids: Sequence[int | None] = encoding.word_ids
+            if self._token_by_token:
+                ids = [None if word is None else token for token, word in enumerate(ids)]
+            words = words_of_text(source, ids, encoding.offsets)
         else:
             words = words_of_list(len(source), encoding.word_ids)
         if all(word.token is None for word in words):
@@ -68,10 +72,12 @@ def words_of_list(count: int, word_ids: Sequence[int | None]) -> tuple[Word, ...
         word_ids: for each token its word; None for special tokens.
     """
     first: dict[int, int] = {}
+    last: dict[int, int] = {}
     for token, word in enumerate(word_ids):
         if word is not None:
             first.setdefault(word, token)
-    return tuple(Word(i, i + 1, first.get(i)) for i in range(count))
+            last[word] = token
+    return tuple(Word(i, i + 1, first.get(i), last.get(i)) for i in range(count))
 
 
 def words_of_text(
@@ -98,10 +104,10 @@ def words_of_text(
         blank = open_word is not None and open_word.start == open_word.end
         apart = open_word is not None and any(c.isspace() for c in text[open_word.end : start])
         if open_word is None or (apart and not blank and start < end):
-            words.append(Word(start, end, token))
+            words.append(Word(start, end, token, token))
         elif blank:
-            words[-1] = Word(start, end, open_word.token)
+            words[-1] = Word(start, end, open_word.token, token)
         else:
-            words[-1] = Word(open_word.start, max(open_word.end, end), open_word.token)
+            words[-1] = Word(open_word.start, max(open_word.end, end), open_word.token, token)
         previous = word
     return tuple(word for word in words if word.start < word.end)

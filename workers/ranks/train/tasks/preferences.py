@@ -14,13 +14,13 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from shared.examples import Placed, Preferred
 from shared.formats import DataFile
 from shared.specs import Preference
+from workers.ranks.spans import Encoded, runs
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import IGNORED, Batch, Examples, Ragged, pad_tokens
 from workers.ranks.train.failures import DataProblem
 from workers.ranks.train.order import Indices
 from workers.ranks.train.rows import Collector, read_chunks
 from workers.ranks.train.tasks.base import Evaluation, Sums
-from workers.ranks.train.tasks.spans import Encoded, runs
 from workers.ranks.train.tasks.text_generation import TextGeneration, next_tokens
 
 REFERENCE = ("reference_chosen", "reference_rejected")

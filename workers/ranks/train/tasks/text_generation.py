@@ -17,6 +17,7 @@ from shared.lifecycle import FailureClass
 from shared.records import BadRow
 from shared.specs import PACKED_LENGTH, TrainSpec
 from workers.ranks.loading import LoadError, load_causal_lm, load_tokenizer
+from workers.ranks.spans import Encoded, encode_chat, encode_spans, runs
 from workers.ranks.train.device import Compute
 from workers.ranks.train.examples import IGNORED, Batch, Examples, pad_tokens
 from workers.ranks.train.failures import DataProblem, TrainingFailed
@@ -26,7 +27,6 @@ from workers.ranks.train.tasks.base import Loaded
 from workers.ranks.train.tasks.model import text_limit
 from workers.ranks.train.tasks.prediction import TokenPrediction
 from workers.ranks.train.tasks.samples import continuations
-from workers.ranks.train.tasks.spans import Encoded, encode_chat, encode_spans, runs
 
 
 class TextGeneration(TokenPrediction):
