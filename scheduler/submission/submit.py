@@ -11,12 +11,14 @@ from typing import Any
 from sqlmodel import Session, func, select
 
 from scheduler.footprint import inference_bytes, sharded_bytes, training_bytes, training_length
-from scheduler.submission.data import Inputs, resolve_rows, resolve_training_data
+from scheduler.submission.data import Inputs, resolve_training_data
 from scheduler.submission.fitting import require_fit
-from scheduler.submission.inline import rows_to_file, write_once
+from scheduler.submission.inline import rows_to_file
 from scheduler.submission.models import FoundModel, resolve_model, resolve_teacher
 from scheduler.submission.parallelism import Choice, choose_parallelism, in_shards
 from scheduler.submission.requirements import refuse_impossible, requirements, train_device
+from scheduler.submission.rows import resolve_rows
+from scheduler.submission.writing import write_once
 from shared.errors import InvalidRequest, InvalidSpec
 from shared.footprint import Configuration
 from shared.footprint import configuration as make_configuration
@@ -32,7 +34,8 @@ from shared.tables import Job
 
 MAX_KEY = 255
 _READING: dict[str, Any] = {
-    **dict.fromkeys(("kind", "task", "problem", "preference", "data", "input", "shard_rows"), True),
+    **dict.fromkeys(("kind", "task", "problem", "preference", "data", "input"), True),
+    **dict.fromkeys(("format", "text_column", "shard_rows"), True),
     "hyperparameters": {"packing"},
 }
 """Fields of a spec that say how its data are read."""

@@ -107,8 +107,20 @@ def insert_job(
     if resolved.parallelism == "fsdp":
         said += f"; the model in shards (FSDP), {resolved.parallelism_reason}"
     tell(session, job, "submitted", said)
+    _tell_of_ids(session, job, resolved)
     wake(session, WAKE_SCHEDULER)
     return job, True
+
+
+def _tell_of_ids(session: Session, job: Job, resolved: Resolved) -> None:
+    found = resolved.inputs["input"].repeated_ids if "input" in resolved.inputs else None
+    if found is None:
+        return
+    some = "one row has" if found.rows == 1 else f"{found.rows} rows have"
+    said = f"{some} an id that an earlier row has; the first is row {found.first_row}, {found.first_id}"
+    if not found.all:
+        said += f" (of the first {found.compared} ids; later ones were not compared)"
+    tell(session, job, "notice", said, code="repeated_ids", **found.model_dump())
 
 
 def new_job_id() -> str:
