@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,23 @@ def pack_results(results: Iterable[dict[str, Any]]) -> bytes:
         json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in results
     )
     return gzip.compress(lines.encode(), compresslevel=5, mtime=0)
+
+
+def renumber(lines: bytes, numbers: Sequence[int]) -> bytes:
+    """Results as JSONL with other row numbers; their first field, as ``pack_results`` writes them."""
+    told = []
+    for line, number in zip(lines.splitlines(keepends=True), numbers, strict=True):
+        _, comma, rest = line.partition(b",")
+        told.append(b'{"row":%d' % number + comma + rest)
+    return b"".join(told)
+
+
+def failed_rows(data: bytes) -> Iterator[int]:
+    """Numbers of the rows of a packed shard that have an error."""
+    for line in unpack_results(data).splitlines():
+        result = json.loads(line)
+        if result["error"] is not None:
+            yield result["row"]
 
 
 def unpack_results(data: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,12 +42,22 @@ _READING: dict[str, Any] = {
 """Fields of a spec that say how its data are read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Of a job that runs another one again."""
+
+    of: str
+    numbers: array[int] | None = None
+    """Of its rows in the first input, where it has some of them."""
+
+
 def submit(
     store: Store,
     settings: Settings,
     raw_spec: Any,
     idempotency_key: str | None = None,
     created_by: str | None = None,
+    again: Again | None = None,
 ) -> tuple[Job, bool]:
     """Validate all of a spec, find its model and data, and insert the job.
 
@@ -80,6 +91,8 @@ def submit(
         shards=shards,
         idempotency_key=idempotency_key,
         created_by=owner,
+        retry_of=again.of if again else None,
+        numbers=again.numbers if again else None,
     )
 
 

@@ -31,6 +31,7 @@ from shared.store.guard import (
 )
 from shared.store.models import publish_locked
 from shared.store.report import row_totals
+from shared.store.usage import device_seconds
 from shared.tables import Attempt, Device, Job, Lease
 
 
@@ -81,6 +82,7 @@ def finish_rank(session: Session, holder: Holder, summary: dict[str, Any]) -> bo
         move_attempt(attempt, AttemptState.SUCCEEDED)
         attempt.finished_at = db_now()  # type: ignore[assignment]
         move_job(job, JobState.SUCCEEDED)
+        job.summary = {**(job.summary or {}), "device_seconds": device_seconds(session, job.id)}
         job.finished_at = db_now()  # type: ignore[assignment]
         tell(session, job, "succeeded", "succeeded", attempt=attempt.number, summary=job.summary)
         if name := job.spec.get("publish"):
