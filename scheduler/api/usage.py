@@ -16,8 +16,12 @@ from shared.views import UsageReport, UsageView
 
 router = APIRouter(tags=["usage"])
 Time = Annotated[
-    datetime | date | None,
-    Query(description="A day (`2026-11-24`, from its beginning) or a time; without a zone UTC."),
+    str | None,
+    Query(
+        description="A day (`2026-11-24`, from its beginning) or a time as ISO 8601 has it; without a "
+        "zone UTC.",
+        examples=["2026-11-24", "2026-11-24T12:00:00Z"],
+    ),
 ]
 _BEGINNING = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -37,8 +41,8 @@ def get_usage(
     those of UTC. The items add up to `total`.
     """
     now = context.store.call(_now)
-    begin = _BEGINNING if since is None else _moment(since)
-    end = now if until is None else _moment(until)
+    begin = _BEGINNING if since is None else _moment(since, "since")
+    end = now if until is None else _moment(until, "until")
     if begin > end:
         raise InvalidRequest(
             "since is after until", param="since", hint=f"It is {now.isoformat()} now."
@@ -56,10 +60,16 @@ def _now(session: Session) -> datetime:
     return now
 
 
-def _moment(given: datetime | date) -> datetime:
-    if not isinstance(given, datetime):
-        given = datetime(given.year, given.month, given.day)
-    return given if given.tzinfo else given.replace(tzinfo=UTC)
+def _moment(text: str, param: str) -> datetime:
+    try:
+        given = datetime.fromisoformat(text)
+        return given if given.tzinfo else given.replace(tzinfo=UTC)
+    except ValueError:
+        raise InvalidRequest(
+            f"{param} is neither a day nor a time: {text[:40]!r}",
+            param=param,
+            hint="For instance 2026-11-24, or 2026-11-24T12:00:00Z.",
+        ) from None
 
 
 def _view(used: Used, group: Group | None, key_name: str | None) -> UsageView:

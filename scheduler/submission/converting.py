@@ -39,7 +39,8 @@ def as_jsonl(file: DataFile, name: str, spec: InferSpec, folder: Path) -> Path:
         name: Of the file, for messages.
 
     Raises:
-        DataError: the file cannot be read to its end, or has no column with the text.
+        DataError: the file cannot be read to its end, no row of it can be, or it has no column with the
+            text.
     """
     try:
         return write_lines(folder, _lines(file, name, spec))
@@ -54,7 +55,7 @@ def as_jsonl(file: DataFile, name: str, spec: InferSpec, folder: Path) -> Path:
 
 def _lines(file: DataFile, name: str, spec: InferSpec) -> Iterator[bytes]:
     columns = {"id", OF_A_ROW}.union(*spec.forms)
-    seen = False
+    seen, first_problem = False, None
     for found in scan_records(file, columns):
         if isinstance(found, Record) and not seen:
             _require_column(found, file, name, spec)
@@ -64,12 +65,16 @@ def _lines(file: DataFile, name: str, spec: InferSpec) -> Iterator[bytes]:
                 raise found
             yield _line(_row(found.fields, file.format, spec))
         except BadRow as problem:
+            first_problem = first_problem or problem
             said = f"{file.unit} {problem.line or found.line}: {problem.message}"
             id = found.fields.get("id") if isinstance(found, Record) else None
             id = id if isinstance(id, str | int) else None
             yield _line(
                 refused_row(problem.code, printable(said, 400), id=None if id == "" else id)
             )
+    if first_problem is not None and not seen:
+        # Not one row is what the format says: it is a file of another kind.
+        raise first_problem
 
 
 def _require_column(first: Record, file: DataFile, name: str, spec: InferSpec) -> None:
