@@ -233,7 +233,7 @@ def test_chats_words_and_options_of_a_row(
         ("a.csv", b"body,id\nx,1\n", "'a.csv' has no column 'text'; it has 'body', 'id'"),
         ("a.csv", b'text\nx\n"y\n', "'a.csv' line 3: no CSV: unexpected end of data"),
         ("a.csv", b"text,text\nx,y\n", "'a.csv' line 1: the header names column 'text' twice"),
-        ("a.csv", parquet(text=["x"]), "'a.csv' line 1: not UTF-8"),
+        ("a.csv", parquet(text=["x"]), "'a.csv' line 2: not UTF-8"),
         ("a.parquet", b"text\nx\n", "'a.parquet': no Parquet file, or it is damaged"),
         ("a.parquet", parquet(body=["x"]), "'a.parquet' has no column 'text'; it has 'body'"),
         ("a.parquet", parquet(text=pa.array([], pa.string())), "'a.parquet' has no rows"),
