@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from datetime import date, datetime
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from gpuyard import fetching, streams, transfer
+from gpuyard import fetching, result_files, streams, transfer
+from gpuyard.addresses import at, inside, models_at, reference_of, segment, suffix_of
 from gpuyard.connection import find_connection
 from gpuyard.errors import JobFailed, WaitTimedOut
 from gpuyard.references import with_uploads
+from gpuyard.streams import Order
 from gpuyard.transfer import OnBytes
 from gpuyard.transport import Transport
 from gpuyard.waiting import looks
-from shared.errors import InvalidRequest, NotFound, Unavailable
+from shared.errors import NotFound, Unavailable
 from shared.lifecycle import JobState
-from shared.specs import MODEL_NAME, InferSpec, TrainSpec, parse_spec
+from shared.specs import InferSpec, TrainSpec, parse_spec
 from shared.sweeps import parse_sweep, plan
 from shared.views import (
     ArtifactView,
@@ -36,6 +38,7 @@ from shared.views import (
     Page,
     SweepDetail,
     SweepView,
+    UsageReport,
     View,
     WorkerView,
 )
@@ -123,7 +126,7 @@ class Client:
 
     def job(self, id: str) -> JobDetail:
         """A job with its spec, its attempts, and why it waits or failed."""
-        return self._transport.get(_at("jobs", id), JobDetail)
+        return self._transport.get(at("jobs", id), JobDetail)
 
     def jobs(
         self,
@@ -143,7 +146,7 @@ class Client:
 
         The answer's state tells: ``cancelled`` at once, or ``cancelling`` until its ranks are gone.
         """
-        answer = self._transport.request("POST", _at("jobs", id, "cancel"), json={"reason": reason})
+        answer = self._transport.request("POST", at("jobs", id, "cancel"), json={"reason": reason})
         return self._transport.read(answer, JobDetail)
 
     def wait(
@@ -216,7 +219,7 @@ class Client:
 
     def sweep(self, id: str) -> SweepDetail:
         """A sweep with its trials, and the best of those that have succeeded."""
-        return self._transport.get(_at("sweeps", id), SweepDetail)
+        return self._transport.get(at("sweeps", id), SweepDetail)
 
     def sweeps(self) -> Iterator[SweepView]:
         """All sweeps, newest first."""
@@ -224,7 +227,7 @@ class Client:
 
     def cancel_sweep(self, id: str) -> SweepDetail:
         """Cancel every trial that is not over."""
-        answer = self._transport.request("POST", _at("sweeps", id, "cancel"))
+        answer = self._transport.request("POST", at("sweeps", id, "cancel"))
         return self._transport.read(answer, SweepDetail)
 
     # What a job says and makes
@@ -235,7 +238,7 @@ class Client:
         Goes on where it was when a connection breaks: no event is missed or given twice. Pass the
         ``id`` of the last event as ``after`` to go on in another process.
         """
-        path = _at("jobs", id, "events")
+        path = at("jobs", id, "events")
         if follow:
             return streams.follow(self._transport, path, EventView, after, {})
         return iter(self._transport.get_list(path, EventView, after=after, format="json"))
@@ -244,32 +247,98 @@ class Client:
         self, id: str, after: int = 0, follow: bool = True, rank: int | None = None
     ) -> Iterator[LogView]:
         """What the ranks printed, in pieces of text that need not end with a line; see ``events``."""
-        path = _at("jobs", id, "logs")
+        path = at("jobs", id, "logs")
         if follow:
             return streams.follow(self._transport, path, LogView, after, {"rank": rank})
         pieces = self._transport.get_list(path, LogView, after=after, rank=rank, format="json")
         return iter(pieces)
 
-    def rows(self, id: str, follow: bool = False) -> Iterator[dict[str, Any]]:
-        """Result rows of a batch job in input order: those that are committed or, with ``follow``,
-        each as it is, until the job is over. A broken connection leaves no gap and no double.
+    def results(
+        self, id: str, *, follow: bool = True, order: Order = "input"
+    ) -> Iterator[dict[str, Any]]:
+        """Result rows of a batch job, each as it is committed, until the job is over; without ``follow``
+        those that are committed now. A broken connection leaves no gap and no double.
+
+        ``order`` is that of the input, or that of completion: rows as they come.
 
         A row is ``{"row", "id", "output", "error", "usage"}``; one of output and error is null.
         What an output is depends on the task: see ``shared/rows.py`` or the API's own documentation.
         """
-        return streams.follow_rows(self._transport, _segment(id), follow)
+        if order == "completion":
+            return streams.follow_completion(self._transport, segment(id), follow)
+        return streams.follow_rows(self._transport, segment(id), follow)
+
+    def rows(self, id: str, follow: bool = False) -> Iterator[dict[str, Any]]:
+        """As ``results``, in input order and, by default, without waiting for more."""
+        return self.results(id, follow=follow)
+
+    def download_results(
+        self, id: str, to: str | Path, *, follow: bool = True, order: Order = "input"
+    ) -> int:
+        """Write the results into a file, which appears whole or not at all: Parquet where its name
+        ends in .parquet or .pq, else JSONL. Returns how many rows it has.
+
+        With ``follow`` it has all rows of the job, once that is over, and else those of now.
+
+        Raises:
+            InvalidRequest: Parquet in the order of completion; it is in input order.
+            DataError: the file cannot be written.
+        """
+        return result_files.download(
+            self, self._transport, segment(id), Path(to), follow=follow, order=order
+        )
+
+    def retry(
+        self,
+        id: str,
+        *,
+        failed: bool = False,
+        changes: Mapping[str, Any] | None = None,
+        idempotency_key: str | None = None,
+    ) -> JobDetail:
+        """Submit a job that is over once more; ``failed``: only its rows that have an error, whose
+        results carry the numbers that they had in the first input.
+
+        ``changes`` are laid over the spec as a JSON merge patch (None takes a field away).
+
+        Raises:
+            Conflict: the job is not over, or no row of it failed.
+            InvalidRequest: a training has no rows, or the spec is wrong with the changes.
+        """
+        answer = self._transport.request(
+            "POST",
+            at("jobs", id, "retry"),
+            json={"failed": failed, "changes": dict(changes or {})},
+            headers={"Idempotency-Key": idempotency_key or secrets.token_hex(16)},
+        )
+        return self._transport.read(answer, JobDetail)
+
+    def usage(
+        self,
+        *,
+        since: datetime | date | str | None = None,
+        until: datetime | date | str | None = None,
+        group: str | None = None,
+    ) -> UsageReport:
+        """Devices, rows and tokens that were used from ``since`` to before ``until``; ``group`` is key
+        or day. Days and times without a zone are those of UTC."""
+        period = {
+            name: value.isoformat() if isinstance(value, date) else value
+            for name, value in (("since", since), ("until", until))
+        }
+        return self._transport.get("/v1/usage", UsageReport, group=group, **period)
 
     def metrics(self, id: str, split: str | None = None) -> list[MetricView]:
         """Metrics in the order of steps; ``split`` is train or validation."""
-        return self._transport.get_list(_at("jobs", id, "metrics"), MetricView, split=split)
+        return self._transport.get_list(at("jobs", id, "metrics"), MetricView, split=split)
 
     def checkpoints(self, id: str) -> list[CheckpointView]:
         """Committed checkpoints, newest first."""
-        return self._transport.get_list(_at("jobs", id, "checkpoints"), CheckpointView)
+        return self._transport.get_list(at("jobs", id, "checkpoints"), CheckpointView)
 
     def artifacts(self, id: str) -> list[ArtifactView]:
         """Deliverables of a job that succeeded; none before."""
-        return self._transport.get_list(_at("jobs", id, "artifacts"), ArtifactView)
+        return self._transport.get_list(at("jobs", id, "artifacts"), ArtifactView)
 
     def download(
         self,
@@ -302,9 +371,9 @@ class Client:
         return [
             transfer.download(
                 self._transport,
-                _segment(id),
+                segment(id),
                 artifact,
-                target / _inside(artifact.name) if into else target,
+                target / inside(artifact.name) if into else target,
                 on_bytes,
             )
             for artifact in wanted
@@ -322,12 +391,12 @@ class Client:
         Raises:
             NotFound: there is none of this name.
         """
-        return self._transport.get_list(_models(name), ModelView)
+        return self._transport.get_list(models_at(name), ModelView)
 
     def model(self, reference: str) -> ModelView:
         """A version, as specs name it: ``name@3``, ``name@latest``, ``name@production``."""
-        name, version = _reference(reference)
-        return self._transport.get(_models(name, version), ModelView)
+        name, version = reference_of(reference)
+        return self._transport.get(models_at(name, version), ModelView)
 
     def publish(self, job: str, name: str, tags: Iterable[str] = ()) -> ModelView:
         """Give the model of a training job a name and the next version. Repeating it changes nothing.
@@ -354,13 +423,13 @@ class Client:
         """
         model = self.model(reference)
         files = {
-            str(_inside(artifact.name).relative_to("model")): artifact
+            str(inside(artifact.name).relative_to("model")): artifact
             for artifact in self.artifacts(model.job_id)
             if artifact.name.startswith("model/")
         }
         if not files:
             raise NotFound(f"{model.job_id} has no files of {model.reference}", param="model")
-        job = _segment(model.job_id)
+        job = segment(model.job_id)
         return fetching.fetch_folder(self._transport, job, files, Path(to), on_bytes)
 
     def change_model(
@@ -368,9 +437,9 @@ class Client:
     ) -> ModelView:
         """Move a version (``name@3``) to a stage, "" for none, or replace its tags. The one that was
         in production before is archived."""
-        name, version = _reference(reference)
+        name, version = reference_of(reference)
         body = {"stage": stage, "tags": None if tags is None else list(tags)}
-        answer = self._transport.request("PATCH", _models(name, version), json=body)
+        answer = self._transport.request("PATCH", models_at(name, version), json=body)
         return self._transport.read(answer, ModelView)
 
     def delete_model(self, reference: str) -> ModelView:
@@ -379,7 +448,7 @@ class Client:
         Raises:
             Conflict: it is in production.
         """
-        answer = self._transport.request("DELETE", _models(*_reference(reference)))
+        answer = self._transport.request("DELETE", models_at(*reference_of(reference)))
         return self._transport.read(answer, ModelView)
 
     # Files and the fleet
@@ -394,7 +463,7 @@ class Client:
         path = Path(path)
         sha256 = transfer.digest(path)
         file = transfer.upload(self._transport, path, sha256, on_bytes)
-        self._uploaded[sha256, _suffix(file.name)] = file.id
+        self._uploaded[sha256, suffix_of(file.name)] = file.id
         return file
 
     def files(self) -> Iterator[FileView]:
@@ -419,11 +488,11 @@ class Client:
         """The id under which the service has the content of ``path`` under a name of its kind;
         uploads it if it has not. The suffix says how the service reads a file."""
         sha256 = transfer.digest(path)
-        wanted = sha256, _suffix(path.name)
+        wanted = sha256, suffix_of(path.name)
         if wanted not in self._uploaded:
             for place, file in enumerate(self.files()):
                 # Also makes a repeated submission the same spec, as an idempotency key demands.
-                if (file.sha256, _suffix(file.name)) == wanted:
+                if (file.sha256, suffix_of(file.name)) == wanted:
                     self._uploaded[wanted] = file.id
                 if wanted in self._uploaded or place >= KNOWN_FILES:
                     break
@@ -440,48 +509,3 @@ class Client:
             cursor = page.next
             if cursor is None:
                 return
-
-
-def _segment(id: str) -> str:
-    """An id as one piece of a path: what is no id must not lead elsewhere.
-
-    Raises:
-        InvalidRequest: it is none.
-    """
-    if not id.isascii() or not id.replace("_", "").isalnum():
-        raise InvalidRequest(f"{id!r} is no id", param="id", hint="`gpuyard jobs` lists the ids.")
-    return id
-
-
-def _reference(reference: str) -> tuple[str, str]:
-    """(name, version) of ``name@version``; without a version the latest."""
-    name, _, version = reference.partition("@")
-    return name, version or "latest"
-
-
-def _models(name: str, *version: str) -> str:
-    """Raises InvalidRequest: what is no name or version must not lead elsewhere."""
-    for part in (name, *version):
-        if re.fullmatch(MODEL_NAME, part) is None:
-            raise InvalidRequest(
-                f"{'@'.join((name, *version))!r} is no model reference",
-                param="model",
-                hint="It is name@version, such as topics@2; `gpuyard models` lists them.",
-            )
-    return "/".join(["/v1/models", name, *version])
-
-
-def _at(kind: str, id: str, *rest: str) -> str:
-    return "/".join(["/v1", kind, _segment(id), *rest])
-
-
-def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
-
-
-def _inside(name: str) -> PurePosixPath:
-    """An artifact's name as a path below the folder of the download, whatever the service says."""
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise InvalidRequest(f"the artifact {name!r} would lie outside the folder", param="name")
-    return path

@@ -38,8 +38,8 @@ def typed(fields: dict[str, Any], format: DataFormat, spec: TrainSpec) -> dict[s
     if spec.task == "text-classification":
         return _replaced(fields, columns.label, lambda cell: _label(cell, columns.label, spec))
     if spec.task == "token-classification":
-        fields = _replaced(fields, columns.tokens, _words)
-        return _replaced(fields, columns.tags, _words)
+        fields = _replaced(fields, columns.tokens, words_of)
+        return _replaced(fields, columns.tags, words_of)
     return fields
 
 
@@ -71,8 +71,9 @@ def _number(cell: str) -> float | str:
         return cell
 
 
-def _words(cell: str) -> list[str]:
-    """``[`` may also be a word of a text: only a list of strings is taken for JSON."""
+def words_of(cell: str) -> list[str]:
+    """The words of a cell: a JSON list of strings, or what has spaces between. ``[`` may also be a word
+    of a text: only a list of strings is taken for JSON."""
     try:
         found = json.loads(cell) if cell.lstrip().startswith("[") else None
     except (ValueError, RecursionError):

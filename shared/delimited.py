@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared.records import BadRow, Record, decode, read_lines
@@ -11,43 +12,64 @@ from shared.rows import MAX_LINE_BYTES
 
 # The module's own limit is 128 KiB, for the whole process; a row is bounded below in any case.
 csv.field_size_limit(MAX_LINE_BYTES)
+_UNCLOSED = "unexpected end of data"
+"""What ``csv`` says of a quote that is open where the file ends."""
 
 
-def read_delimited(path: Path, delimiter: str) -> Iterator[Record]:
+def scan_delimited(path: Path, delimiter: str) -> Iterator[Record | BadRow]:
     """The rows below the header. A field in double quotes may hold delimiters, newlines, and quotes
     that are doubled. Blank lines are no rows; a column without a name is left out.
 
+    A row that cannot be used is invalid_csv, with the line that it begins on; the next one begins on
+    the line behind it.
+
     Raises:
-        BadRow: invalid_csv or line_too_long, with the line that the row begins on.
+        BadRow: invalid_csv or line_too_long: the header is none, or a quote is never closed.
         OSError: the file cannot be read.
     """
     lines = _Lines(path)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     names: list[str] | None = None
-    try:
-        for row in rows:
-            line, size = lines.next_row()
-            if not row or (len(row) == 1 and not row[0].strip()):
-                continue
+    while True:
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            place = lines.next_row()
+            problem = place.problem or _no_csv(error, place.line)
+            if names is None or _UNCLOSED in str(error):
+                raise problem from None
+            yield problem
+            continue
+        if row is None:
+            return
+        place = lines.next_row()
+        if place.problem is not None:
             if names is None:
-                names = _header(row, line)
-            elif len(row) != len(names):
-                raise BadRow(
-                    "invalid_csv",
-                    f"{len(row)} field(s), and the header names {len(names)}",
-                    line=line,
-                    hint="A field that holds the delimiter or a newline stands in double quotes.",
-                )
-            else:
-                fields = {name: field for name, field in zip(names, row, strict=True) if name}
-                yield Record(line, fields, size)
-    except csv.Error as error:
-        raise BadRow(
-            "invalid_csv",
-            f"no CSV: {error}",
-            line=lines.next_row()[0],
-            hint="Quotes inside of a quoted field are doubled, and each quote that opens is closed.",
-        ) from None
+                raise place.problem
+            yield place.problem
+        elif not row or (len(row) == 1 and not row[0].strip()):
+            continue
+        elif names is None:
+            names = _header(row, place.line)
+        elif len(row) != len(names):
+            yield BadRow(
+                "invalid_csv",
+                f"{len(row)} field(s), and the header names {len(names)}",
+                line=place.line,
+                hint="A field that holds the delimiter or a newline stands in double quotes.",
+            )
+        else:
+            fields = {name: field for name, field in zip(names, row, strict=True) if name}
+            yield Record(place.line, fields, place.size)
+
+
+def _no_csv(error: csv.Error, line: int) -> BadRow:
+    return BadRow(
+        "invalid_csv",
+        f"no CSV: {error}",
+        line=line,
+        hint="Quotes inside of a quoted field are doubled, and each quote that opens is closed.",
+    )
 
 
 def _header(row: list[str], line: int) -> list[str]:
@@ -58,6 +80,15 @@ def _header(row: list[str], line: int) -> list[str]:
     return names
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Of a row that was read: its first line, its bytes, and whether they are no text."""
+
+    line: int
+    size: int
+    problem: BadRow | None
+
+
 class _Lines:
     """The lines of a file for ``csv.reader``, with where the row that it is reading began. A row is as
     short as a line has to be: a quote that is never closed must not take all of a file along."""
@@ -66,6 +97,7 @@ class _Lines:
         self._lines = read_lines(path)
         self._line = self._size = 0
         self._first = 1
+        self._problem: BadRow | None = None
 
     def __iter__(self) -> _Lines:
         return self
@@ -80,10 +112,15 @@ class _Lines:
                 line=self._first,
                 hint="Is there a double quote that is never closed?",
             )
-        return decode(content, self._line, code="invalid_csv")
+        try:
+            return decode(content, self._line, code="invalid_csv")
+        except BadRow as problem:
+            # The row goes on to be read, so that it is known where it ends.
+            self._problem = self._problem or problem
+            return content.decode("utf-8", "replace")
 
-    def next_row(self) -> tuple[int, int]:
-        """(first line, bytes) of the row that was read; what is read from here on is the next."""
-        row = self._first, self._size
-        self._first, self._size = self._line + 1, 0
-        return row
+    def next_row(self) -> _Place:
+        """Where the row is that was read; what is read from here on is the next."""
+        place = _Place(self._first, self._size, self._problem)
+        self._first, self._size, self._problem = self._line + 1, 0, None
+        return place

@@ -1,4 +1,4 @@
-"""The formats of training files: which one a file has, and the reader of each."""
+"""The formats of files of rows: which one a file has, and the reader of each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import get_args
 
-from shared.delimited import read_delimited
-from shared.records import Record, read_jsonl, read_text
+from shared.delimited import scan_delimited
+from shared.records import BadRow, Record, insist, scan_jsonl, scan_text
 from shared.specs import DataFormat
 
 FORMATS: tuple[DataFormat, ...] = get_args(DataFormat)
@@ -63,14 +63,27 @@ def read_records(file: DataFile, columns: Collection[str] | None = None) -> Iter
             place.
         OSError: the file cannot be read.
     """
+    return insist(scan_records(file, columns))
+
+
+def scan_records(
+    file: DataFile, columns: Collection[str] | None = None
+) -> Iterator[Record | BadRow]:
+    """As ``read_records``, with a row that cannot be used in its place as what is wrong with it.
+
+    Raises:
+        BadRow: what follows cannot be told apart: a header that is none, a quote that is never
+            closed, a damaged Parquet file.
+        OSError: the file cannot be read.
+    """
     if file.format in DELIMITED:
-        yield from read_delimited(file.path, DELIMITED[file.format])
+        yield from scan_delimited(file.path, DELIMITED[file.format])
     elif file.format == "parquet":
         # pyarrow takes a while and some 60 MB: only who has such a file pays for it.
-        from shared.parquet import read_parquet
+        from shared.parquet import scan_parquet
 
-        yield from read_parquet(file.path, columns)
+        yield from scan_parquet(file.path, columns)
     elif file.format == "text":
-        yield from read_text(file.path)
+        yield from scan_text(file.path)
     else:
-        yield from read_jsonl(file.path)
+        yield from scan_jsonl(file.path)

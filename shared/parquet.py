@@ -1,4 +1,4 @@
-"""Parquet, a few rows in memory at a time. The only module that imports pyarrow."""
+"""Parquet, a few rows in memory at a time. Beside ``result_file.py`` the only module with pyarrow."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _UNREADABLE = (pa.ArrowException, OSError, ValueError, OverflowError)
 """What damage shows as. pyarrow's I/O errors are ``OSError`` without a number."""
 
 
-def read_parquet(path: Path, columns: Collection[str] | None = None) -> Iterator[Record]:
+def scan_parquet(path: Path, columns: Collection[str] | None = None) -> Iterator[Record | BadRow]:
     """The rows, with their number from 1 as line; lists and structs come as lists and objects.
 
-    A row's size is its share of the row groups, uncompressed: what reading it costs.
+    A row's size is its share of the row groups, uncompressed: what reading it costs. A row with a value
+    that cannot be read is invalid_parquet.
 
     Args:
         columns: Those that are decoded, so that a column of a kind that nobody asked for does no
             harm; the others are None. All by default.
 
     Raises:
-        BadRow: invalid_parquet, with the row where it is known.
+        BadRow: invalid_parquet: the file is damaged, with the row from which on.
         OSError: the file cannot be read.
     """
     with path.open("rb"):
@@ -52,30 +53,39 @@ def read_parquet(path: Path, columns: Collection[str] | None = None) -> Iterator
                 )
                 return
             for batch in file.iter_batches(_ROWS_TOGETHER, columns=wanted, use_threads=False):
-                for fields in _rows_of(batch, row):
+                for found in _rows_of(batch, row):
                     row += 1
-                    yield Record(row, fields | others, size)
+                    if isinstance(found, BadRow):
+                        yield found
+                    else:
+                        yield Record(row, found | others, size)
     except _UNREADABLE as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise _damaged(error, row) from None
 
 
-def _rows_of(batch: pa.RecordBatch, before: int) -> Iterator[dict[str, Any]]:
+def _rows_of(batch: pa.RecordBatch, before: int) -> Iterator[dict[str, Any] | BadRow]:
     try:
-        yield from batch.to_pylist()
+        rows: list[dict[str, Any]] = batch.to_pylist()
     except _UNREADABLE:
         # Not UTF-8, or a date before all dates: once more, one by one, to find which row it is.
         for index in range(batch.num_rows):
-            try:
-                batch.slice(index, 1).to_pylist()
-            except _UNREADABLE as error:
-                raise BadRow(
-                    "invalid_parquet",
-                    f"a value cannot be read: {_first_line(error)}",
-                    line=before + index + 1,
-                ) from None
-        raise
+            yield _row_of(batch.slice(index, 1), before + index + 1)
+        return
+    yield from rows
+
+
+def _row_of(batch: pa.RecordBatch, line: int) -> dict[str, Any] | BadRow:
+    """The one row of a batch."""
+    row: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            [row[name]] = column.to_pylist()
+        except _UNREADABLE as error:
+            what = f"a value cannot be read in column '{name}': {_first_line(error)}"
+            return BadRow("invalid_parquet", what, line=line)
+    return row
 
 
 def _row_size(metadata: pq.FileMetaData) -> int:

@@ -1,4 +1,4 @@
-"""Rows of training files, each an object with its place in the file: JSONL and plain text.
+"""Rows of files, each an object with its place in the file: JSONL and plain text.
 
 ``shared/formats.py`` chooses the reader of a file; no reader knows of any task.
 """
@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,33 +35,56 @@ class Record:
     size: int
 
 
-def read_jsonl(path: Path) -> Iterator[Record]:
-    """One object a line.
+def insist(rows: Iterable[Record | BadRow]) -> Iterator[Record]:
+    """``rows`` as long as they can be used.
 
     Raises:
-        BadRow: invalid_json or line_too_long, with its line.
-        OSError: the file cannot be read.
+        BadRow: the first that cannot.
     """
-    for line, content in read_lines(path):
-        if content.strip():
-            yield Record(line, _parse(content, line), len(content))
+    for row in rows:
+        if isinstance(row, BadRow):
+            raise row
+        yield row
 
 
-def read_text(path: Path) -> Iterator[Record]:
-    """Each line is a row ``{"text": line}``, without its end.
+def scan_jsonl(path: Path) -> Iterator[Record | BadRow]:
+    """One object a line; invalid_json or line_too_long where it is none.
 
     Raises:
-        BadRow: invalid_text or line_too_long, with its line.
         OSError: the file cannot be read.
     """
-    for line, content in read_lines(path):
-        text = decode(content, line, code="invalid_text").rstrip("\r\n")
+    for line, content in read_lines(path, cut=True):
+        if not content.strip():
+            continue
+        try:
+            yield Record(line, _parse(_whole(content, line), line), len(content))
+        except BadRow as problem:
+            yield problem
+
+
+def scan_text(path: Path) -> Iterator[Record | BadRow]:
+    """Each line is a row ``{"text": line}``, without its end; invalid_text or line_too_long where it is
+    none.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    for line, content in read_lines(path, cut=True):
+        try:
+            text = decode(_whole(content, line), line, code="invalid_text").rstrip("\r\n")
+        except BadRow as problem:
+            yield problem
+            continue
         if text.strip():
             yield Record(line, {"text": text}, len(content))
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path, *, cut: bool = False) -> Iterator[tuple[int, bytes]]:
     """(number from 1, content with its end) of every line; one is in memory at a time.
+
+    Args:
+        cut: A line that is too long comes without its rest, still one byte too long, and the lines
+            behind it follow.
 
     Raises:
         BadRow: line_too_long.
@@ -71,11 +94,18 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         while content := file.readline(MAX_LINE_BYTES + 1):
             line += 1
-            if len(content) > MAX_LINE_BYTES:
-                raise BadRow(
-                    "line_too_long", f"the line is longer than {MAX_LINE_BYTES} bytes", line=line
-                )
+            if not cut:
+                _whole(content, line)
             yield line, content
+            rest = content if len(content) > MAX_LINE_BYTES else b""
+            while rest and not rest.endswith(b"\n"):
+                rest = file.readline(MAX_LINE_BYTES)
+
+
+def _whole(content: bytes, line: int) -> bytes:
+    if len(content) > MAX_LINE_BYTES:
+        raise BadRow("line_too_long", f"the line is longer than {MAX_LINE_BYTES} bytes", line=line)
+    return content
 
 
 def decode(content: bytes, line: int, *, code: str) -> str:

@@ -53,13 +53,31 @@ class ResolvedModel(BaseModel):
     parameters: int | None = None
 
 
+class RepeatedIds(BaseModel):
+    """Rows of a batch job whose id an earlier row has as well."""
+
+    model_config = ConfigDict(frozen=True)
+
+    rows: int
+    first_row: int
+    """The number of the first of them."""
+    first_id: str
+    """Its id as JSON, cut where it is long."""
+    compared: int
+    """Ids that were looked at; those of later rows were not."""
+    all: bool
+    """Whether that is all of them."""
+
+
 class ResolvedInput(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     path: str
     size: int
     format: DataFormat = "jsonl"
+    """As its user wrote it. The rows of a batch job lie at ``path`` as JSONL in any case."""
     rows: int | None = None
+    repeated_ids: RepeatedIds | None = None
 
 
 class Resolved(BaseModel):

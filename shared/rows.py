@@ -1,6 +1,7 @@
 """The rows of a batch job: how the input is cut into shards, and the form of one result.
 
-Input is JSONL, one row a line; blank lines are no rows. A result is one object::
+Input is JSONL, one row a line; blank lines are no rows. Files of other formats are made JSONL when the
+job is submitted (``scheduler/submission/converting.py``). A result is one object::
 
     {"row": 17, "id": <the row's own "id", if it has one>,
      "output": {...} | null,
@@ -42,24 +43,38 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.messages import Shard
 
 MAX_LINE_BYTES = 8 * 1024 * 1024
+REFUSED = "\0refused"
+"""The column of a row that could not be taken from a file of another format: its error."""
 
 
-def cut_into_shards(path: Path, shard_rows: int) -> Iterator[Shard]:
+def refused_row(code: str, message: str, *, id: Any = None) -> dict[str, Any]:
+    """A row in place of one that could not be read; its error is the result."""
+    return {"id": id, REFUSED: {"code": code, "message": message}}
+
+
+def cut_into_shards(
+    path: Path, shard_rows: int, on_row: Callable[[int, bytes], None] | None = None
+) -> Iterator[Shard]:
     """Cut a JSONL file into shards of ``shard_rows`` rows. Reads it once, a line at a time.
 
     Only the line structure is looked at: a line that is no JSON is that row's error, later.
+
+    Args:
+        on_row: Is shown each row, as its number and its line.
     """
     index = first = rows = start = offset = 0
     with path.open("rb") as file:
         for line in file:
             if line.strip():
+                if on_row is not None:
+                    on_row(first + rows, line)
                 rows += 1
             offset += len(line)
             if rows == shard_rows:
@@ -131,6 +146,23 @@ def pack_results(results: Iterable[dict[str, Any]]) -> bytes:
         json.dumps(r, ensure_ascii=False, separators=(",", ":")) + "\n" for r in results
     )
     return gzip.compress(lines.encode(), compresslevel=5, mtime=0)
+
+
+def renumber(lines: bytes, numbers: Sequence[int]) -> bytes:
+    """Results as JSONL with other row numbers; their first field, as ``pack_results`` writes them."""
+    told = []
+    for line, number in zip(lines.splitlines(keepends=True), numbers, strict=True):
+        _, comma, rest = line.partition(b",")
+        told.append(b'{"row":%d' % number + comma + rest)
+    return b"".join(told)
+
+
+def failed_rows(data: bytes) -> Iterator[int]:
+    """Numbers of the rows of a packed shard that have an error."""
+    for line in unpack_results(data).splitlines():
+        result = json.loads(line)
+        if result["error"] is not None:
+            yield result["row"]
 
 
 def unpack_results(data: bytes) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict
@@ -96,6 +96,8 @@ class JobView(View):
     progress: ProgressView | None = None
     failure: FailureView | None = None
     summary: dict[str, Any] | None = None
+    retry_of: str | None = None
+    """The job that this one runs again."""
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
@@ -108,6 +110,11 @@ class JobDetail(JobView):
     rows_total: int | None = None
     rows_done: int | None = None
     row_errors: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    """Of the rows that are done."""
+    device_seconds: float = 0.0
+    """Over all attempts and ranks that have ended: from the moment a device was claimed until it was free."""
 
     @property
     def over(self) -> bool:
@@ -249,6 +256,32 @@ class WorkerView(View):
     started_at: datetime
     heartbeat_at: datetime
     ended_at: datetime | None = None
+
+
+class UsageView(View):
+    """What was used in a period: by the jobs of a key, on a day, or in all."""
+
+    key: str | None = None
+    """Of a group by key: its id; None where jobs were submitted without one."""
+    key_name: str | None = None
+    day: date | None = None
+    jobs: int
+    """Submitted in the period."""
+    device_seconds: float
+    rows: int
+    row_errors: int
+    input_tokens: int
+    output_tokens: int
+
+
+class UsageReport(View):
+    """From ``since`` to before ``until``; the items add up to ``total``."""
+
+    since: datetime
+    until: datetime
+    group: str | None = None
+    items: list[UsageView]
+    total: UsageView
 
 
 class Health(View):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from gpuyard.cli import fleet, jobs, models, serve, submit, sweeps, transfers
+from gpuyard.cli import fleet, jobs, models, rows, serve, submit, sweeps, transfers, usage
 from gpuyard.cli.command import EXIT_CODES, ApiKey, Exit, Json, Url
 from gpuyard.cli.session import Session
 
@@ -25,9 +25,11 @@ def build() -> typer.Typer:
     app.callback(epilog=EXIT_CODES)(_common)
     submit.register(app)
     jobs.register(app)
+    rows.register(app)
     sweeps.register(app)
     transfers.register(app)
     models.register(app)
+    usage.register(app)
     fleet.register(app)
     serve.register(app)
     return app

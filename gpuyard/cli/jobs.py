@@ -1,24 +1,19 @@
-"""Commands about jobs: jobs, show, watch, logs, results, cancel."""
+"""Commands about jobs: jobs, show, watch, logs, cancel."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
 from gpuyard.cli import render
-from gpuyard.cli.command import Interrupted, command
+from gpuyard.cli.command import command
 from gpuyard.cli.session import Session, write
 from gpuyard.cli.transfers import JobArgument
 from gpuyard.cli.watch import watch as follow_to_its_end
-from gpuyard.errors import JobFailed
-from shared.errors import Conflict, DataError
+from shared.errors import Conflict
 from shared.lifecycle import JobState
 
 
@@ -27,7 +22,6 @@ def register(app: typer.Typer) -> None:
     command(app)(show)
     command(app)(watch)
     command(app)(logs)
-    command(app)(results)
     command(app)(cancel)
 
 
@@ -129,53 +123,6 @@ class _LinePrinter:
 
     def _line(self, rank: int, line: str) -> str:
         return f"[rank {rank}] {line}\n" if self._prefixed else f"{line}\n"
-
-
-def results(
-    session: Session,
-    job: JobArgument,
-    *,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Instead of stdout; appears whole."),
-    ] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Wait for rows until the job is over.")
-    ] = False,
-) -> None:
-    """Print the rows of a batch job as JSONL, also while it runs."""
-    part = output.with_name(f".{output.name}.part") if output else None
-    rows = session.client.rows(job, follow=follow)
-    count = 0
-    try:
-        with ExitStack() as stack:
-            file = stack.enter_context(part.open("w", encoding="utf-8")) if part else None
-            for row in rows:
-                line = json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n"
-                file.write(line) if file else write(line)
-                count += 1
-            if file:
-                file.flush()
-                os.fsync(file.fileno())
-        if part and output:
-            part.replace(output)
-    except KeyboardInterrupt:
-        raise Interrupted(f"interrupted after {count} rows; {job} goes on") from None
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise DataError(f"cannot write {output}: {error.strerror}", param="--output") from None
-    finally:
-        if part:
-            part.unlink(missing_ok=True)
-    detail = session.client.job(job)
-    missing = (detail.rows_total or 0) - count
-    if not detail.state.terminal and missing > 0:
-        session.say(f"{count} of {detail.rows_total} rows so far; --follow waits for the rest")
-    elif output:
-        session.say(f"{count} rows in {output}")
-    if follow and detail.state is not JobState.SUCCEEDED:
-        raise JobFailed(detail)
 
 
 def cancel(

@@ -55,7 +55,8 @@ def submit(
     validation: Annotated[str | None, _data("And to evaluate on.", metavar="FILE")] = None,
     validation_split: Annotated[float | None, _data("Or this share of the first.")] = None,
     input: Annotated[
-        str | None, _data("JSONL of a batch job.", "--input", "-i", metavar="FILE")
+        str | None,
+        _data("Of a batch job: JSONL, CSV, TSV, Parquet or text.", "--input", "-i", metavar="FILE"),
     ] = None,
     prompt: Annotated[
         list[str] | None, _data("A row, in place of --input. Repeatable.", "--prompt", "-p")

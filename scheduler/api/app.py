@@ -20,7 +20,9 @@ from scheduler.api import (
     jobs,
     models,
     results,
+    retries,
     sweeps,
+    usage,
 )
 from scheduler.api.auth import require_key
 from scheduler.api.context import Context
@@ -51,6 +53,7 @@ _TAGS = [
     {"name": "artifacts", "description": "Checkpoints and deliverables."},
     {"name": "models", "description": "Names and versions of what training jobs made."},
     {"name": "files", "description": "Uploads that specs can name."},
+    {"name": "usage", "description": "Device time, rows and tokens, by API key or by day."},
     {"name": "fleet", "description": "Devices and workers."},
     {"name": "health", "description": "For monitors; needs no key."},
 ]
@@ -88,7 +91,7 @@ def create_app(settings: Settings, store: Store) -> FastAPI:
         dependencies=[Depends(require_key), Depends(refuse_unknown)],
         responses=responses(401, 422, 503),
     )
-    for part in (jobs, sweeps, results, artifacts, models, files, fleet):
+    for part in (jobs, retries, sweeps, results, artifacts, models, files, usage, fleet):
         v1.include_router(part.router)
     app.include_router(v1)
     # Without `refuse_unknown`: monitors append what they like against caches, and nothing is asked.

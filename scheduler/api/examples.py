@@ -101,6 +101,7 @@ JOB: dict[str, Any] = {
     },
     "failure": None,
     "summary": None,
+    "retry_of": None,
     "created_at": "2026-01-05T09:29:55Z",
     "started_at": "2026-01-05T09:30:00Z",
     "finished_at": None,
@@ -134,6 +135,9 @@ JOB: dict[str, Any] = {
     "rows_total": None,
     "rows_done": None,
     "row_errors": None,
+    "input_tokens": None,
+    "output_tokens": None,
+    "device_seconds": 0.0,
 }
 JOB_ANSWER: dict[str, Any] = {"content": {"application/json": {"example": JOB}}}
 JOB_BODY: dict[str, Any] = {

@@ -23,6 +23,7 @@ from shared.lifecycle import JobState
 from shared.store import read
 from shared.store.cancel import cancel_job
 from shared.store.ledger import row_totals
+from shared.store.usage import device_seconds
 from shared.views import EventView, JobDetail, JobView, LogView, MetricView, Page
 
 router = APIRouter(tags=["jobs"])
@@ -73,7 +74,7 @@ async def create_job(
     )
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return await run_in_threadpool(context.store.call, _detail, job.id)
+    return await run_in_threadpool(context.store.call, detail_of, job.id)
 
 
 @router.get("/jobs", summary="List jobs, newest first")
@@ -105,7 +106,7 @@ def list_jobs(
 )
 def get_job(job_id: JobId, context: ContextDep) -> JobDetail:
     """With its spec, its attempts, and why it waits or failed."""
-    return context.store.call(_detail, job_id)
+    return context.store.call(detail_of, job_id)
 
 
 @router.post(
@@ -127,7 +128,7 @@ def cancel(
         raise InvalidRequest("reason must be one line of text", param="reason")
     context.store.call(find_job, job_id)
     context.store.call(cancel_job, job_id, reason)
-    return context.store.call(_detail, job_id)
+    return context.store.call(detail_of, job_id)
 
 
 @router.get(
@@ -205,12 +206,13 @@ def get_metrics(
     return Page(items=[metric_view(row) for row in rows])
 
 
-def _detail(session: Session, job_id: str) -> JobDetail:
+def detail_of(session: Session, job_id: str) -> JobDetail:
+    """A job as it is shown. Raises NotFound: there is none of this id."""
     job = find_job(session, job_id)
     attempts = read.list_attempts(session, job_id)
     leases = read.list_leases(session, [a.id for a in attempts])
     totals = row_totals(session, job_id) if job.kind == "infer" else None
-    return job_detail(job, attempts, leases, totals)
+    return job_detail(job, attempts, leases, totals, device_seconds(session, job_id))
 
 
 def _events_after(session: Session, job_id: str, after: int) -> list[EventView]:

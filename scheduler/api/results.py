@@ -1,26 +1,34 @@
-"""Rows of a batch job, in input order, out of its committed shards."""
+"""Rows of a batch job, in input order, out of its committed shards; other orders and files are in
+``result_orders.py``."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from sqlmodel import Session
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from scheduler.api.context import Context, ContextDep
+from scheduler.api.context import ContextDep
 from scheduler.api.errors import responses
 from scheduler.api.lookup import JobId, find_job
+from scheduler.api.result_orders import (
+    PARQUET,
+    Reading,
+    parquet_file,
+    refuse_contradiction,
+    rows_as_they_come,
+)
 from scheduler.api.streams import PING, wait
 from shared.errors import InvalidRequest, Unavailable
 from shared.lifecycle import JobState
-from shared.rows import unpack_results
 from shared.store import read
 from shared.store.ledger import row_totals
+from shared.store.retried import is_numbered, rows_up_to
 from shared.tables import Shard
 
 router = APIRouter(tags=["results"])
@@ -54,8 +62,8 @@ float32 numbers, little-endian |
     summary="Rows of a batch job as JSONL",
     responses={
         200: {
-            "content": {"application/x-ndjson": {"example": _EXAMPLE}},
-            "description": "One result a line, in input order. " + _OUTPUTS,
+            "content": {"application/x-ndjson": {"example": _EXAMPLE}, PARQUET: {}},
+            "description": "One result a line. " + _OUTPUTS,
             "headers": {
                 "X-Rows-Total": {
                     "description": "Rows of the input.",
@@ -79,9 +87,29 @@ async def get_results(
     job_id: JobId,
     context: ContextDep,
     after_row: Annotated[
-        int, Query(ge=-1, description="Only rows with a higher number: resumes a broken stream.")
+        int,
+        Query(
+            ge=-1,
+            lt=2**63,
+            description="Only rows with a higher number: resumes a broken stream.",
+        ),
     ] = -1,
     follow: Annotated[bool, Query(description="Wait for more rows until the job is over.")] = False,
+    order: Annotated[
+        Literal["input", "completion"], Query(description="Rows as in the input, or as they come.")
+    ] = "input",
+    skip: Annotated[
+        int,
+        Query(
+            ge=0,
+            lt=2**63,
+            description="With `order=completion`: without so many, which one has already.",
+        ),
+    ] = 0,
+    format: Annotated[
+        Literal["jsonl", "parquet"],
+        Query(description="`parquet`: one file, of what is committed now, in input order."),
+    ] = "jsonl",
 ) -> StreamingResponse:
     """What is committed, also while the job runs; rows appear shard by shard.
 
@@ -89,8 +117,12 @@ async def get_results(
     line now and then keeps the connection alive. Without
     it, everything that is committed now; shards that are still computed are then missing, so compare
     `X-Rows-Done` with `X-Rows-Total`. A result never changes once it was delivered.
+
+    In the order of completion rows come shard by shard as these are committed, and the order never
+    changes: `skip` goes on behind as many rows as have arrived.
     """
-    start = await run_in_threadpool(context.store.call, _begin, job_id)
+    refuse_contradiction(format, order, after_row, skip, follow)
+    start = await run_in_threadpool(context.store.call, _begin, job_id, after_row)
     headers = {
         "X-Rows-Total": str(start.totals["rows"]),
         "X-Rows-Done": str(start.totals["done"]),
@@ -99,17 +131,30 @@ async def get_results(
         "Cache-Control": "no-store",
         "X-Accel-Buffering": "no",
     }
-    body = _rows(context, job_id, after_row, follow)
+    reading = Reading(context, job_id, start.numbered)
+    if format == "parquet":
+        headers["Content-Disposition"] = f'attachment; filename="{job_id}.parquet"'
+        body = parquet_file(reading, start.task)
+        return StreamingResponse(body, media_type=PARQUET, headers=headers)
+    if order == "completion":
+        body = rows_as_they_come(reading, skip, follow)
+    else:
+        body = _rows(reading, start.after_row, follow)
     return StreamingResponse(body, media_type="application/x-ndjson", headers=headers)
 
 
 @dataclass(frozen=True, slots=True)
 class _Start:
     state: JobState
+    task: str
     totals: dict[str, int]
+    numbered: bool
+    """Its rows have the numbers of another job's."""
+    after_row: int
+    """As the job itself counts."""
 
 
-def _begin(session: Session, job_id: str) -> _Start:
+def _begin(session: Session, job_id: str, after_row: int) -> _Start:
     job = find_job(session, job_id)
     if job.kind != "infer":
         raise InvalidRequest(
@@ -117,7 +162,11 @@ def _begin(session: Session, job_id: str) -> _Start:
             param="job_id",
             hint="See its metrics and artifacts instead.",
         )
-    return _Start(JobState(job.state), row_totals(session, job_id))
+    numbered = is_numbered(session, job_id)
+    if numbered:
+        after_row = rows_up_to(session, job_id, after_row) - 1
+    totals = row_totals(session, job_id)
+    return _Start(JobState(job.state), job.task, totals, numbered, after_row)
 
 
 def _next(session: Session, job_id: str, after_row: int, follow: bool) -> tuple[bool, list[Shard]]:
@@ -137,9 +186,8 @@ def _next(session: Session, job_id: str, after_row: int, follow: bool) -> tuple[
     return over, whole
 
 
-async def _rows(
-    context: Context, job_id: str, after_row: int, follow: bool
-) -> AsyncIterator[bytes]:
+async def _rows(reading: Reading, after_row: int, follow: bool) -> AsyncIterator[bytes]:
+    context, job_id = reading.context, reading.job_id
     sent_at = time.monotonic()
     with context.wakeups.subscribe(job_id) as woken:
         while not context.wakeups.closing:
@@ -153,7 +201,8 @@ async def _rows(
                     raise
                 over, shards = False, []
             for shard in shards:
-                yield await run_in_threadpool(_lines, shard, after_row)
+                skipped = max(0, after_row + 1 - shard.first_row)
+                yield await run_in_threadpool(reading.lines, shard, skipped)
                 after_row = shard.first_row + shard.rows - 1
                 sent_at = time.monotonic()
             if shards:
@@ -164,9 +213,3 @@ async def _rows(
                 yield b"\n"
                 sent_at = time.monotonic()
             await wait(woken)
-
-
-def _lines(shard: Shard, after_row: int) -> bytes:
-    text = unpack_results(shard.results or b"")
-    skipped = max(0, after_row + 1 - shard.first_row)
-    return b"".join(text.splitlines(keepends=True)[skipped:]) if skipped else text

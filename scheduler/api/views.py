@@ -54,6 +54,7 @@ def job_detail(
     attempts: Sequence[Attempt],
     leases: Sequence[Lease],
     totals: dict[str, int] | None,
+    device_seconds: float,
 ) -> JobDetail:
     """``totals``: of a batch job, see ``shared.store.ledger.row_totals``."""
     return JobDetail(
@@ -67,6 +68,9 @@ def job_detail(
         rows_total=None if totals is None else totals["rows"],
         rows_done=None if totals is None else totals["done"],
         row_errors=None if totals is None else totals["errors"],
+        input_tokens=None if totals is None else totals["input_tokens"],
+        output_tokens=None if totals is None else totals["output_tokens"],
+        device_seconds=device_seconds,
     )
 
 
@@ -90,6 +94,7 @@ def _job_fields(job: Job) -> dict[str, Any]:
         "progress": progress_view(job),
         "failure": failure,
         "summary": job.summary,
+        "retry_of": job.retry_of,
         "created_at": job.created_at,
         "started_at": job.started_at,
         "finished_at": job.finished_at,

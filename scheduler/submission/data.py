@@ -1,8 +1,7 @@
 """The data a spec names: found, allowed, and looked through as far as submission can.
 
 Training data is read row by row, because a wrong line would end the job on its devices much
-later. The rows of a batch job are only counted and cut: a bad row is that row's error, not the
-job's.
+later. Those of a batch job are in ``rows.py``.
 """
 
 from __future__ import annotations
@@ -19,14 +18,9 @@ from shared.formats import DataFile, format_of
 from shared.messages import Shard
 from shared.records import BadRow
 from shared.resolved import ResolvedInput
-from shared.rows import MAX_LINE_BYTES, cut_into_shards
 from shared.settings import Settings
-from shared.specs import InferSpec, TrainSpec
+from shared.specs import TrainSpec
 from shared.store import Store, read
-
-_LINE_LIMIT = 8 * MAX_LINE_BYTES
-"""A longer line is no row at all but a file of another kind; cutting it would hold it in memory."""
-_BLOCK = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +38,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class FoundFile:
     """A file that a spec names."""
 
     path: Path
@@ -90,7 +84,7 @@ def resolve_training_data(store: Store, settings: Settings, spec: TrainSpec) -> 
         # A dataset is of the workers' packages, which are not seen from here.
         if isinstance(source, str):
             param = f"data.{name}"
-            found = _find_file(store, settings, source, param=param)
+            found = find_file(store, settings, source, param=param)
             scanned[name] = _scan(found, spec, limit, param=param)
     train, validation = scanned.get("train"), scanned.get("validation")
     if train is not None:
@@ -109,32 +103,7 @@ def resolve_training_data(store: Store, settings: Settings, spec: TrainSpec) -> 
     )
 
 
-def resolve_rows(store: Store, settings: Settings, spec: InferSpec) -> Inputs:
-    """The input of a batch job, cut into shards.
-
-    Raises:
-        DataError: missing, unreadable, or without a row.
-        PathNotAllowed: outside the allowed folders.
-    """
-    found = _find_file(store, settings, spec.input or "", param="input")
-    path, name = found.path, found.name
-    longest = _longest_line(path)
-    if longest > _LINE_LIMIT:
-        raise DataError(
-            f"'{name}' has a line of {longest} bytes: it does not look like JSONL",
-            param="input",
-            hint="Write one JSON object a line.",
-        )
-    shards = tuple(cut_into_shards(path, spec.shard_rows))
-    if not shards:
-        raise DataError(f"'{name}' has no rows", param="input", hint="Blank lines are no rows.")
-    rows = shards[-1].first_row + shards[-1].rows
-    size = path.stat().st_size
-    files = {"input": ResolvedInput(path=str(path), size=size, rows=rows)}
-    return Inputs(files, longest, shards=shards)
-
-
-def _find_file(store: Store, settings: Settings, reference: str, *, param: str) -> _Found:
+def find_file(store: Store, settings: Settings, reference: str, *, param: str) -> FoundFile:
     """The file behind ``file_…`` or an absolute path.
 
     Raises:
@@ -143,7 +112,7 @@ def _find_file(store: Store, settings: Settings, reference: str, *, param: str) 
     """
     if not reference.startswith("file_"):
         path = allowed_data_file(settings, reference, param=param)
-        return _Found(path, Path(reference).name)
+        return FoundFile(path, Path(reference).name)
     file = store.call(read.get_file, reference) if ids.is_id(reference, ids.FILE) else None
     if file is None:
         raise DataError(
@@ -152,7 +121,7 @@ def _find_file(store: Store, settings: Settings, reference: str, *, param: str) 
             hint="Upload it first (`gpuyard files upload PATH`), or give an absolute path.",
         )
     path = readable_file(settings.data / file.path, shown=reference, param=param)
-    return _Found(path, file.name)
+    return FoundFile(path, file.name)
 
 
 def _resolved(found: _Scanned) -> ResolvedInput:
@@ -224,7 +193,7 @@ def _check_validation(found: _Scanned, train: _Scanned | None) -> None:
         )
 
 
-def _scan(file: _Found, spec: TrainSpec, limit: int, *, param: str) -> _Scanned:
+def _scan(file: FoundFile, spec: TrainSpec, limit: int, *, param: str) -> _Scanned:
     found, seen = _Scanned(_as_read(file, spec, param=param), file.name), 0
     try:
         for placed in read_examples(found.file, spec):
@@ -257,7 +226,7 @@ def _is_chat(example: Example) -> bool:
     return isinstance(example.chosen if isinstance(example, Preferred) else example, Chat)
 
 
-def _as_read(file: _Found, spec: TrainSpec, *, param: str) -> DataFile:
+def _as_read(file: FoundFile, spec: TrainSpec, *, param: str) -> DataFile:
     """Raises DataError for plain text where the task needs columns."""
     format = format_of(file.own_name) if spec.data.format == "auto" else spec.data.format
     if format == "text" and not spec.reads_plain_text:
@@ -268,20 +237,3 @@ def _as_read(file: _Found, spec: TrainSpec, *, param: str) -> DataFile:
             hint="If it is JSONL or CSV all the same, say so with data.format.",
         )
     return DataFile(file.path, format)
-
-
-def _longest_line(path: Path) -> int:
-    """Bytes of the longest line; holds one block, however long the line is."""
-    longest = current = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            head, *rest = block.split(b"\n")
-            current += len(head)
-            if rest:
-                longest = (
-                    max(longest, current, *map(len, rest[:-1]))
-                    if rest[:-1]
-                    else max(longest, current)
-                )
-                current = len(rest[-1])
-    return max(longest, current)

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-from pathlib import Path
 
 from scheduler.submission.paths import INLINE
 from shared.settings import Settings
@@ -29,19 +26,3 @@ def rows_to_file(spec: InferSpec, settings: Settings) -> tuple[InferSpec, bytes 
     content = "".join(json.dumps(row) + "\n" for row in spec.rows).encode()
     path = settings.data / INLINE / f"{hashlib.sha256(content).hexdigest()}.jsonl"
     return spec.model_copy(update={"rows": None, "input": str(path)}), content
-
-
-def write_once(path: Path, content: bytes) -> None:
-    """Write aside, sync, rename: two submissions of the same rows write the same file."""
-    if path.is_file():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    try:
-        with aside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -11,7 +11,9 @@ from shared.settings import Settings
 FILES = "files"
 """Folder of uploads below the data folder."""
 INLINE = "inline"
-"""Folder of rows that came inside a spec, below the data folder."""
+"""Folder of rows that came inside a spec, or are those of another job, below the data folder."""
+CONVERTED = "converted"
+"""Folder of the rows of batch jobs whose files are no JSONL, below the data folder."""
 
 
 def data_roots(settings: Settings) -> tuple[Path, ...]:

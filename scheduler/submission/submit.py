@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 from sqlmodel import Session, func, select
 
 from scheduler.footprint import inference_bytes, sharded_bytes, training_bytes, training_length
-from scheduler.submission.data import Inputs, resolve_rows, resolve_training_data
+from scheduler.submission.data import Inputs, resolve_training_data
 from scheduler.submission.fitting import require_fit
-from scheduler.submission.inline import rows_to_file, write_once
+from scheduler.submission.inline import rows_to_file
 from scheduler.submission.models import FoundModel, resolve_model, resolve_teacher
 from scheduler.submission.parallelism import Choice, choose_parallelism, in_shards
 from scheduler.submission.requirements import refuse_impossible, requirements, train_device
+from scheduler.submission.rows import resolve_rows
 from scheduler.submission.schemas import require_usable_schema
+from scheduler.submission.writing import write_once
 from shared.errors import InvalidRequest, InvalidSpec
 from shared.footprint import Configuration
 from shared.footprint import configuration as make_configuration
@@ -33,10 +36,20 @@ from shared.tables import Job
 
 MAX_KEY = 255
 _READING: dict[str, Any] = {
-    **dict.fromkeys(("kind", "task", "problem", "preference", "data", "input", "shard_rows"), True),
+    **dict.fromkeys(("kind", "task", "problem", "preference", "data", "input"), True),
+    **dict.fromkeys(("format", "text_column", "shard_rows"), True),
     "hyperparameters": {"packing"},
 }
 """Fields of a spec that say how its data are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Of a job that runs another one again."""
+
+    of: str
+    numbers: array[int] | None = None
+    """Of its rows in the first input, where it has some of them."""
 
 
 def submit(
@@ -45,6 +58,7 @@ def submit(
     raw_spec: Any,
     idempotency_key: str | None = None,
     created_by: str | None = None,
+    again: Again | None = None,
 ) -> tuple[Job, bool]:
     """Validate all of a spec, find its model and data, and insert the job.
 
@@ -79,6 +93,8 @@ def submit(
         shards=shards,
         idempotency_key=idempotency_key,
         created_by=owner,
+        retry_of=again.of if again else None,
+        numbers=again.numbers if again else None,
     )
 
 

@@ -17,6 +17,7 @@ from shared.specs.common import (
     Strict,
     Task,
 )
+from shared.specs.data import DataFormat
 
 
 def _as_text(value: Any) -> str:
@@ -106,6 +107,15 @@ OF_A_ROW = "generation"
 each in place of the job's. A row with a ``seed`` of its own gets the same text in any file."""
 
 
+ROW_FORMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "text-generation": (("prompt",), ("messages",)),
+    "token-classification": (("tokens",), ("text",)),
+    "scoring": (("text",), ("prompt", "completion"), ("messages",)),
+    "reranking": (("query", "documents"), ("query", "text")),
+}
+"""The forms of a row by task, where it is not one ``text``. A row has a form if it has its last column."""
+
+
 class Embedding(Strict):
     """How the vectors of a text's tokens become one."""
 
@@ -130,13 +140,20 @@ OPTIONS_OF_A_TASK: dict[str, str] = {
 
 
 class InferSpec(JobFields):
-    """Run a model over the rows of a JSONL file (or inline rows) and keep every answer."""
+    """Run a model over the rows of a file (or inline rows) and keep every answer."""
 
     kind: Literal["infer"] = "infer"
     task: Task
     model: str = Field(min_length=1, max_length=1024, description=MODEL, examples=MODELS)
     input: str | None = Field(
-        None, min_length=1, max_length=4096, description="`file_…` (uploaded) or a path to JSONL."
+        None,
+        min_length=1,
+        max_length=4096,
+        description="`file_…` (uploaded) or a path: JSONL, CSV, TSV, Parquet or lines of plain text.",
+    )
+    format: Literal["auto"] | DataFormat = Field(
+        "auto",
+        description="auto: by the suffix of the file's name (.csv, .tsv, .parquet, .txt), else JSONL.",
     )
     rows: tuple[dict[str, Any], ...] | None = Field(None, min_length=1, max_length=10_000)
     text_column: str | None = Field(
@@ -178,6 +195,10 @@ class InferSpec(JobFields):
     def _no_contradiction(self) -> Self:
         if (self.input is None) == (self.rows is None):
             raise ValueError("give exactly one of input (a file) and rows (inline)")
+        if self.rows is not None and self.format != "auto":
+            raise ValueError(
+                "format is how a file is read, and rows are given as they are: drop it"
+            )
         if self.generation is not None and self.task not in GENERATIVE:
             raise ValueError(f"generation options do not apply to task '{self.task}'")
         if self.sampling.json_schema is not None and self.task != "text-generation":
@@ -191,6 +212,14 @@ class InferSpec(JobFields):
             if self.task != task and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} applies to task '{task}' alone, not to '{self.task}'")
         return self
+
+    @property
+    def forms(self) -> tuple[tuple[str, ...], ...]:
+        """The forms that a row may have, each by the columns that it reads; see :data:`ROW_FORMS`."""
+        if self.text_column is not None:
+            asked = ("query",) if self.task == "reranking" else ()
+            return ((*asked, self.text_column),)
+        return ROW_FORMS.get(self.task, (("text",),))
 
     @property
     def sampling(self) -> Generation:

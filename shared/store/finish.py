@@ -35,6 +35,7 @@ from shared.store.guard import (
 )
 from shared.store.ledger import row_totals
 from shared.store.models import publish_locked
+from shared.store.usage import device_seconds
 from shared.tables import Attempt, Device, Job, Lease
 
 
@@ -131,7 +132,9 @@ def _succeed(session: Session, job: Job, attempt: Attempt) -> None:
     move_attempt(attempt, AttemptState.SUCCEEDED)
     attempt.finished_at = db_now()  # type: ignore[assignment]
     _release_reserved(session, attempt)
+    session.flush()
     move_job(job, JobState.SUCCEEDED)
+    job.summary = {**(job.summary or {}), "device_seconds": device_seconds(session, job.id)}
     job.finished_at = db_now()  # type: ignore[assignment]
     if job.kind == "infer" and job.progress is not None and job.summary is not None:
         rows = job.summary["rows"]

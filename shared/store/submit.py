@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from shared.specs import InferSpec, TrainSpec
 from shared.store.engine import WAKE_SCHEDULER, wake
 from shared.store.footprints import ask
 from shared.store.guard import tell
+from shared.store.retried import insert_numbers
 from shared.tables import Job, Shard
 
 
@@ -58,8 +60,13 @@ def insert_job(
     shards: Iterable[ShardRange] = (),
     idempotency_key: str | None = None,
     created_by: str | None = None,
+    retry_of: str | None = None,
+    numbers: array[int] | None = None,
 ) -> tuple[Job, bool]:
     """Insert a queued job; with a used idempotency key, the first job. (job, whether it is new).
+
+    Args:
+        numbers: Of its rows in the first input, where they are rows of another job.
 
     Raises:
         IdempotencyMismatch: the key made a job of another spec.
@@ -82,6 +89,7 @@ def insert_job(
         "idempotency_key": idempotency_key,
         "created_by": created_by or "",
         "spec_sha256": spec_digest(spec),
+        "retry_of": retry_of,
     }
     # Two requests with one key race here: the unique index lets one in, the other waits for its
     # commit and then finds that job.
@@ -102,13 +110,29 @@ def insert_job(
     rows = [{"job_id": job_id, **shard.model_dump()} for shard in shards]
     if rows:
         session.execute(insert(Shard), rows)
+    if numbers is not None:
+        insert_numbers(session, job_id, numbers)
     job = session.get_one(Job, job_id)
     said = f"submitted: {spec.kind} {spec.task} with {resolved.model.label}"
     if resolved.parallelism == "fsdp":
         said += f"; the model in shards (FSDP), {resolved.parallelism_reason}"
+    if retry_of is not None:
+        said += f"; again for {retry_of}"
     tell(session, job, "submitted", said)
+    _tell_of_ids(session, job, resolved)
     wake(session, WAKE_SCHEDULER)
     return job, True
+
+
+def _tell_of_ids(session: Session, job: Job, resolved: Resolved) -> None:
+    found = resolved.inputs["input"].repeated_ids if "input" in resolved.inputs else None
+    if found is None:
+        return
+    some = "one row has" if found.rows == 1 else f"{found.rows} rows have"
+    said = f"{some} an id that an earlier row has; the first is row {found.first_row}, {found.first_id}"
+    if not found.all:
+        said += f" (of the first {found.compared} ids; later ones were not compared)"
+    tell(session, job, "notice", said, code="repeated_ids", **found.model_dump())
 
 
 def new_job_id() -> str:

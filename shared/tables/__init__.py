@@ -11,7 +11,15 @@ from shared.tables.base import Table
 from shared.tables.dispatch import Attempt, Lease, Outbox
 from shared.tables.fleet import Device, Leader, Worker
 from shared.tables.outcomes import PublishedModel, Sweep, SweepTrial
-from shared.tables.reports import Artifact, Checkpoint, Event, LogChunk, Metric, Shard
+from shared.tables.reports import (
+    Artifact,
+    Checkpoint,
+    Event,
+    LogChunk,
+    Metric,
+    RetriedRows,
+    Shard,
+)
 from shared.tables.submission import ApiKey, File, Footprint, Job
 
 __all__ = [
@@ -30,6 +38,7 @@ __all__ = [
     "Metric",
     "Outbox",
     "PublishedModel",
+    "RetriedRows",
     "Shard",
     "Sweep",
     "SweepTrial",

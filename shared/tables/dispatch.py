@@ -85,6 +85,7 @@ class Lease(Table, table=True):
             name="ex_leases_device",
         ),
         Index("ix_leases_open", "expires_at", postgresql_where=text("state <> 'released'")),
+        Index("ix_leases_used", "released_at", postgresql_where=text("claimed_at IS NOT NULL")),
     )
     attempt_id: str = Field(sa_column=reference("attempts.id", primary_key=True))
     rank: int = Field(primary_key=True)

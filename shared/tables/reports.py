@@ -122,6 +122,18 @@ class Shard(Table, table=True):
         Index(
             "ix_shards_open", "job_id", "first_row", postgresql_where=text("committed_at IS NULL")
         ),
+        Index(
+            "ix_shards_by_completion",
+            "job_id",
+            "committed_at",
+            "first_row",
+            postgresql_where=text("committed_at IS NOT NULL"),
+        ),
+        Index(
+            "ix_shards_committed",
+            "committed_at",
+            postgresql_where=text("committed_at IS NOT NULL"),
+        ),
     )
     job_id: str = Field(sa_column=reference("jobs.id", primary_key=True))
     index: int = Field(primary_key=True)
@@ -143,3 +155,21 @@ class Shard(Table, table=True):
     output_tokens: int = Field(default=0, sa_column=big_column(default=0))
     seconds: float = 0.0
     committed_at: datetime | None = Field(default=None, sa_column=time_column())
+
+
+class RetriedRows(Table, table=True):
+    """Of a batch job over rows that failed in another: their numbers in the first input. Rows
+    ``first_row`` and following of the job itself, ascending, as packed 64-bit integers."""
+
+    __tablename__ = "retried_rows"
+    __table_args__ = (
+        CheckConstraint(
+            "first_row >= 0 AND last_number >= first_row AND octet_length(numbers) > 0"
+            " AND octet_length(numbers) % 8 = 0",
+            name="numbers",
+        ),
+    )
+    job_id: str = Field(sa_column=reference("jobs.id", primary_key=True))
+    first_row: int = Field(sa_column=Column(BigInteger, primary_key=True))
+    last_number: int = Field(sa_column=big_column())
+    numbers: bytes = Field(sa_column=Column(LargeBinary, nullable=False))

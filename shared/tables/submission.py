@@ -125,6 +125,7 @@ class Job(Table, table=True):
             postgresql_where=text("state = 'queued'"),
         ),
         Index("ix_jobs_state_id", "state", "id"),
+        Index("ix_jobs_created_at", "created_at"),
         Index(
             "ix_jobs_waiting_footprint",
             "footprint_key",
@@ -164,6 +165,10 @@ class Job(Table, table=True):
     """What the job came to: metrics, rows, tokens."""
     idempotency_key: str | None = Field(default=None, sa_column=text_column(nullable=True))
     spec_sha256: str = Field(sa_column=text_column())
+    retry_of: str | None = Field(
+        default=None, sa_column=reference("jobs.id", nullable=True, cascade=False)
+    )
+    """The job whose spec, or whose failed rows, this one runs again."""
     created_by: str | None = Field(default=None, sa_column=text_column(nullable=True))
     created_at: datetime = Field(default=None, sa_column=time_column(nullable=False, now=True))
     started_at: datetime | None = Field(default=None, sa_column=time_column())

