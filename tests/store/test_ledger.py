@@ -122,10 +122,9 @@ def test_ranks_share_the_shards_in_input_order(store: Store) -> None:
     assert batch.compute(0, 4)
     assert store.call(finish_rank, batch.holders[0], {"compute_seconds": 2.0})
     job = world.job_of(store, batch.id)
-    assert (job.state, job.summary) == (
-        JobState.SUCCEEDED,
-        {"compute_seconds": 3.5, **store.call(row_totals, batch.id)},
-    )
+    assert job.state == JobState.SUCCEEDED and job.summary is not None
+    assert job.summary.pop("device_seconds") > 0
+    assert job.summary == {"compute_seconds": 3.5, **store.call(row_totals, batch.id)}
     assert "rank_left" in batch.told()
 
 
