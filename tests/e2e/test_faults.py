@@ -90,7 +90,9 @@ def test_jobs_survive(
     assert len(struck) == 2
     if fault in ENDS_ATTEMPTS:
         assert len(client.job(trained.id).attempts) >= 2, struck
-        assert len(client.job(batch.id).attempts) >= 2, struck
+        # Of a batch job neither does: a fresh engine goes on in it, and so do other ranks.
+        story = {event.type for event in client.events(batch.id, follow=False)}
+        assert story & {"engine_died", "rank_lost", "retry"}, struck
         resumed = client.job(trained.id).summary or {}
         assert resumed["resumed_from"] is not None, "it began anew instead of from a checkpoint"
     for job in (trained, waiting, batch):
