@@ -91,7 +91,12 @@ class ReportWriter:
     def _commit_checkpoint(self, report: CheckpointWritten) -> bool:
         path = self.folder.relative(report.path)
         facts = (report.step, path, report.manifest, report.best_step)
+        before = self.store.repeated
         if not self.store.call(commit_checkpoint, self.holder, *facts):
+            # The attempt was over before this one counted, and nobody else will look for its folder.
+            # Not after a call whose answer was lost: that one may have counted.
+            if self.store.repeated == before:
+                delete_checkpoint(self.settings.data, path)
             return False
         old = self.store.call(forget_checkpoints, self.holder, self.keep_checkpoints)
         for forgotten in old or ():
