@@ -24,7 +24,10 @@ def dispatch(
     Raises:
         Unavailable: Postgres cannot be reached.
     """
-    placed = [Placed(d, q) for d, q in zip(placement.devices, placement.queues, strict=True)]
+    placed = [
+        Placed(device, queue, placement.shared)
+        for device, queue in zip(placement.devices, placement.queues, strict=True)
+    ]
     attempt = store.call(
         dispatch_attempt,
         term,

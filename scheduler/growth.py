@@ -127,7 +127,7 @@ def ask_back(
 ) -> list[AskBack]:
     """Ranks to ask back for those of ``jobs`` (in their order) that wait: as many as each lacks, the
     newest first, of the least urgent batch jobs first; none where it would still lack devices then."""
-    shrinking = _Shrinking(batches)
+    shrinking = _Shrinking(devices, batches)
     found: list[AskBack] = []
     for job in jobs:
         decision = plan.decisions[job.id]
@@ -147,18 +147,19 @@ def ask_back(
 
 
 class _Shrinking:
-    """The ranks that batch jobs could do without, fewer with each that is asked."""
+    """The ranks that batch jobs could do without, fewer with each that is asked.
 
-    def __init__(self, batches: Sequence[RunningBatch]) -> None:
-        self._staying = {
+    What another job needs is a whole device: all that compute on it are asked, or none.
+    """
+
+    def __init__(self, devices: Sequence[DeviceState], batches: Sequence[RunningBatch]) -> None:
+        self._tenants = {device.id: len(device.tenants) for device in devices}
+        self._batches = batches
+        self._staying: _Ranks = {
             batch.id: [rank for rank in batch.ranks if not rank.asked_back] for batch in batches
         }
-        self._batches = batches
         self._coming = {
-            rank.device_id
-            for batch in batches
-            for rank in batch.ranks
-            if rank.asked_back and any(other.held for other in self._staying[batch.id])
+            device.id for device in devices if device.tenants and self._comes(device.id)
         }
         """Devices that are asked back and that no job before has counted on."""
 
@@ -167,29 +168,65 @@ class _Shrinking:
         coming = sorted(self._coming & ids)[:lacking]
         asked: list[AskBack] = []
         staying = {id: list(ranks) for id, ranks in self._staying.items()}
-        while len(asked) < lacking - len(coming):
+        for _ in range(lacking - len(coming)):
             chosen = self._next(ids, job, staying)
             if chosen is None:
                 return None
-            batch, rank = chosen
-            staying[batch.id].remove(rank)
-            asked.append(AskBack(batch, rank.rank, f"{job.id} waits for a device"))
+            for batch, rank in chosen:
+                staying[batch.id].remove(rank)
+                asked.append(AskBack(batch, rank.rank, f"{job.id} waits for a device"))
         self._staying = staying
         self._coming.difference_update(coming)
         return asked
 
-    def _next(
-        self, ids: set[str], job: WaitingJob, staying: Mapping[str, Sequence[BatchRank]]
-    ) -> tuple[RunningBatch, BatchRank] | None:
+    def _next(self, ids: set[str], job: WaitingJob, staying: _Ranks) -> _Leaving | None:
+        """The ranks that have to leave for one device of these to be free."""
         able = [
-            (batch, rank)
-            for batch in self._batches
-            if batch.priority <= job.priority
-            for rank in staying[batch.id]
-            if rank.device_id in ids and any(o.held for o in staying[batch.id] if o is not rank)
+            leaving
+            for device_id in ids
+            if (leaving := self._leaving(device_id, staying))
+            and all(batch.priority <= job.priority for batch, _ in leaving)
         ]
         return min(
             able,
-            key=lambda pair: (pair[0].priority, -len(staying[pair[0].id]), -pair[1].rank),
+            key=lambda leaving: (
+                max(batch.priority for batch, _ in leaving),
+                len(leaving),
+                -min(len(staying[batch.id]) for batch, _ in leaving),
+                -min(rank.rank for _, rank in leaving),
+                leaving[0][1].device_id,
+            ),
             default=None,
         )
+
+    def _leaving(self, device_id: str, staying: _Ranks) -> _Leaving | None:
+        """All that are there still and may leave, as others of their jobs go on; None: one may not, or
+        is not known to run yet."""
+        there = self._there(device_id)
+        found = [(batch, rank) for batch, rank in there if rank in staying[batch.id]]
+        if len(there) < self._tenants.get(device_id, 0) or not found:
+            return None
+        if all(any(o.held for o in staying[b.id] if o is not rank) for b, rank in found):
+            return found
+        return None
+
+    def _comes(self, device_id: str) -> bool:
+        """Whether all that are there have been asked, and may leave."""
+        there = self._there(device_id)
+        return len(there) == self._tenants[device_id] and all(
+            rank.asked_back and any(other.held for other in self._staying[batch.id])
+            for batch, rank in there
+        )
+
+    def _there(self, device_id: str) -> _Leaving:
+        return [
+            (batch, rank)
+            for batch in self._batches
+            for rank in batch.ranks
+            if rank.device_id == device_id
+        ]
+
+
+_Ranks = dict[str, list[BatchRank]]
+"""By the ids of their jobs."""
+_Leaving = list[tuple[RunningBatch, BatchRank]]

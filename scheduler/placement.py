@@ -3,7 +3,9 @@
 The least capable class that fits is taken first, so that the rare devices stay for those who need
 them. A gang gets all of its devices or none; one that may have different sizes starts on the most that
 are free now, and does not wait for more than the fewest. Within a class, hosts are filled up tightly, so that
-large holes stay whole for the next gang. A job that could run once busy devices are free withholds
+large holes stay whole for the next gang. A batch job takes the device that has its model warm, where
+there is a choice within the class; where no device is free it joins other batch jobs on one that they
+compute on (``join``). A job that could run once busy devices are free withholds
 the free ones that it would use from all jobs after it: otherwise small jobs would starve it.
 """
 
@@ -14,10 +16,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from scheduler.matching import eligible_devices, unsatisfiable
-from shared.capability import device_queue
+from scheduler.matching import eligible_devices, unsatisfiable, usable_memory
+from shared.capability import SEATS, device_queue
 from shared.resolved import Requirements
-from shared.store.snapshot import DeviceState, WaitingJob
+from shared.store.snapshot import DeviceState, Tenant, WaitingJob
 
 _Class = tuple[tuple[int, int, int], bool, str]
 """Orders the classes: rank of the capability, whether simulated, name."""
@@ -30,6 +32,8 @@ class Placement:
     devices: tuple[str, ...]
     queues: tuple[str, ...]
     reason: str
+    shared: bool = False
+    """Others compute on the device, and go on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,8 @@ class _Options:
 class _Round:
     devices: tuple[DeviceState, ...]
     taken: set[str] = field(default_factory=set)
+    joined: dict[str, tuple[Tenant, ...]] = field(default_factory=dict)
+    """Batch jobs that were given a device or a seat of one in this round."""
     withheld: set[str] = field(default_factory=set)
     blocked: Counter[frozenset[_Class]] = field(default_factory=Counter)
     """Jobs that wait for devices, by the classes that they could run on."""
@@ -95,9 +101,69 @@ class _Round:
         free = max(found, key=lambda free: needs.most_of(len(free)), default=[])
         if size := needs.most_of(len(free)):
             chosen = _spread(free, size)
+            if warm := self._warm(job, chosen, free):
+                chosen = [warm]
             self.taken.update(d.id for d in chosen)
-            return self._placement(needs, chosen, len(free))
-        return self._wait(needs, options)
+            if job.shares:
+                self._note_tenant(job, chosen[0])
+            return self._placement(needs, chosen, len(free), warm=warm is not None)
+        return self._join(job, options) or self._wait(needs, options)
+
+    def _warm(
+        self, job: WaitingJob, chosen: Sequence[DeviceState], free: Iterable[DeviceState]
+    ) -> DeviceState | None:
+        """The free device that has a batch job's model, of the class of the one that is chosen for it."""
+        if not job.shares or len(chosen) != 1:
+            return None
+        alike = [d for d in free if _class_of(d) == _class_of(chosen[0]) and job.model in d.warm]
+        return min(alike, key=least_capable_first, default=None)
+
+    def _join(self, job: WaitingJob, options: _Options) -> Placement | None:
+        """A seat beside other batch jobs: beside those with the same model first, then where it is warm,
+        then where the fewest are. None where no seat is left that it may take:
+
+        - Jobs of a higher priority are not slowed down.
+        - The models must fit together into the device's memory.
+        - Where a job that is ahead of this one waits for such a device, nobody joins who would keep
+          it busy for longer.
+        """
+        if not job.shares or job.requirements.devices != 1:
+            return None
+        waiting = {each for classes in self.blocked for each in classes}
+        able = [
+            device
+            for device in options.live
+            if _class_of(device) not in waiting and has_seat(job, device, self._tenants(device))
+        ]
+        best = min(able, key=lambda device: self._welcome(job, device), default=None)
+        if best is None:
+            return None
+        tenants = self._tenants(best)
+        beside = "another batch job" if len(tenants) == 1 else f"{len(tenants)} other batch jobs"
+        same = any(tenant.model == job.model for tenant in tenants)
+        how = ", with the same model" if same else ", which has the model warm"
+        if not same and job.model not in best.warm:
+            how = ""
+        self._note_tenant(job, best)
+        return Placement(
+            devices=(best.id,),
+            queues=(device_queue(best.id),),
+            reason=f"no device is free, it joins {beside} on this one{how}",
+            shared=True,
+        )
+
+    def _welcome(self, job: WaitingJob, device: DeviceState) -> tuple[object, ...]:
+        tenants = self._tenants(device)
+        other_model = all(tenant.model != job.model for tenant in tenants)
+        cold = job.model not in device.warm
+        return other_model, cold, len(tenants), least_capable_first(device)
+
+    def _tenants(self, device: DeviceState) -> tuple[Tenant, ...]:
+        return device.tenants + self.joined.get(device.id, ())
+
+    def _note_tenant(self, job: WaitingJob, device: DeviceState) -> None:
+        tenant = Tenant(job.id, job.priority, job.model, job.requirements.memory_bytes)
+        self.joined[device.id] = (*self.joined.get(device.id, ()), tenant)
 
     def _find_options(self, needs: Requirements) -> _Options:
         eligible = eligible_devices(needs, self.devices)
@@ -117,7 +183,7 @@ class _Round:
         return device.busy or device.id in self.taken
 
     def _placement(
-        self, needs: Requirements, chosen: Sequence[DeviceState], free: int
+        self, needs: Requirements, chosen: Sequence[DeviceState], free: int, *, warm: bool
     ) -> Placement:
         names = sorted({_class_of(d) for d in chosen})
         where = f"{' and '.join(name for _, _, name in names)}, the least capable that fits"
@@ -127,9 +193,12 @@ class _Round:
         if needs.world_sizes:
             size, most = len(chosen), needs.world_sizes[-1]
             where = f"{size} of {needs.devices} to {most} devices, {free} being free; {where}"
+        if warm:
+            where += ", which has the model warm"
+        any_of_class = len(chosen) == 1 and not warm
         return Placement(
             devices=tuple(d.id for d in chosen),
-            queues=tuple(self._queue(needs, d, alone=len(chosen) == 1) for d in chosen),
+            queues=tuple(self._queue(needs, d, alone=any_of_class) for d in chosen),
             reason=where,
         )
 
@@ -178,6 +247,16 @@ class _Round:
         if ahead:
             reason += f"; {ahead} {'job is' if ahead == 1 else 'jobs are'} ahead"
         return reason
+
+
+def has_seat(job: WaitingJob, device: DeviceState, tenants: Sequence[Tenant]) -> bool:
+    """Whether a batch job may compute beside these on the device."""
+    if not 0 < len(tenants) < SEATS or any(each.priority > job.priority for each in tenants):
+        return False
+    needs = job.requirements
+    models = {each.model: each.memory_bytes for each in tenants}
+    models[job.model] = max(needs.memory_bytes, models.get(job.model, 0))
+    return len(models) == 1 or sum(models.values()) <= usable_memory(needs, device.capability)
 
 
 def groups_of(

@@ -12,6 +12,8 @@ from typing import Literal
 from shared.errors import ConfigurationError
 
 GIB = 1024**3
+SEATS = 8
+"""Batch jobs that one device computes at once, at most."""
 _STEPS = (4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180, 288)
 """Memory steps of a class in GiB, as cards are sold; a class promises at least its step less 8%."""
 

@@ -8,7 +8,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import case, update
+from sqlalchemy import ColumnElement, Integer, case, literal, update
 from sqlmodel import Session, col, func, select
 
 from shared.capability import device_queue
@@ -164,35 +164,47 @@ def _start(session: Session, job: Job, attempt: Attempt) -> None:
 
 
 def _move_reservation(session: Session, lease: Lease, device_id: str) -> bool:
-    """Move the reservation to ``device_id``, or swap it with the one there. False: it cannot be."""
+    """Move the reservation to ``device_id``, or swap it with one there. False: it cannot be."""
     open_ones = _lock_open_leases(session, lease, device_id)
     if lease.device_id == device_id:
         return True  # the owner of the other reservation has just swapped the two
-    other = next((found for found in open_ones if found.device_id == device_id), None)
-    if other is None:
+    there = [found for found in open_ones if found.device_id == device_id]
+    here = [found for found in open_ones if found.device_id == lease.device_id]
+    if not there:
         session.execute(
             update(Lease)
-            .where(col(Lease.attempt_id) == lease.attempt_id, col(Lease.rank) == lease.rank)
-            .values(device_id=device_id)
+            .where(_is(lease))
+            .values(device_id=device_id, seat=None if lease.seat is None else 0)
         )
         return True
-    hint = session.get(Outbox, (other.attempt_id, other.rank))
-    targeted = hint is None or hint.queue == device_queue(device_id)
-    if other.state != LeaseState.RESERVED or targeted:
-        return False
+    other = next((found for found in there if _may_move(session, found)), None)
+    if other is None or ((lease.seat is None) != (other.seat is None) and len(there + here) > 2):
+        return False  # a whole device is taken with nobody else there
     # One statement: the exclusion constraint is checked when it ends, not between its rows.
+    both_seats = lease.seat is not None and other.seat is not None
+    seats = (other.seat, lease.seat) if both_seats else (lease.seat, other.seat)
     session.execute(
         update(Lease)
-        .where(
-            col(Lease.device_id).in_([lease.device_id, device_id]),
-            col(Lease.state) == LeaseState.RESERVED,
-        )
+        .where(_is(lease) | _is(other))
         .values(
-            device_id=case((col(Lease.device_id) == device_id, lease.device_id), else_=device_id)
+            device_id=case((_is(lease), device_id), else_=lease.device_id),
+            seat=case((_is(lease), literal(seats[0], Integer)), else_=literal(seats[1], Integer)),
         )
         .execution_options(synchronize_session=False)
     )
     return True
+
+
+def _may_move(session: Session, lease: Lease) -> bool:
+    """Whether it is reserved only, and any device of its class may take it."""
+    if lease.state != LeaseState.RESERVED:
+        return False
+    hint = session.get(Outbox, (lease.attempt_id, lease.rank))
+    return hint is not None and hint.queue != device_queue(lease.device_id)
+
+
+def _is(lease: Lease) -> ColumnElement[bool]:
+    return (col(Lease.attempt_id) == lease.attempt_id) & (col(Lease.rank) == lease.rank)
 
 
 def _lock_open_leases(session: Session, lease: Lease, device_id: str) -> Sequence[Lease]:
@@ -205,7 +217,7 @@ def _lock_open_leases(session: Session, lease: Lease, device_id: str) -> Sequenc
                 col(Lease.device_id).in_([lease.device_id, device_id]),
                 Lease.state != LeaseState.RELEASED,
             )
-            .order_by(col(Lease.device_id))
+            .order_by(col(Lease.device_id), col(Lease.attempt_id))
             .with_for_update()
             .execution_options(populate_existing=True)
         ).all()

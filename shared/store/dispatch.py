@@ -12,6 +12,7 @@ from sqlalchemy import ARRAY, Text, cast, delete, update
 from sqlmodel import Session, col, func, select
 
 from shared import ids
+from shared.capability import SEATS
 from shared.lifecycle import JobState, LeaseState
 from shared.messages import Hint
 from shared.store.engine import after, db_now
@@ -26,6 +27,8 @@ class Placed:
 
     device_id: str
     queue: str
+    shared: bool = False
+    """Of a batch job: others may compute there, which it joins."""
 
 
 def dispatch_attempt(
@@ -50,7 +53,8 @@ def dispatch_attempt(
     if job is None or job.state != JobState.QUEUED or _open_leases(session, job_id):
         return None
     chosen = [p.device_id for p in placed]
-    if not lock_free_devices(session, chosen, device_timeout):
+    seats = take_places(session, placed, device_timeout, shares=job.kind == "infer")
+    if seats is None:
         return None
     number = session.exec(select(func.count()).where(Attempt.job_id == job_id)).one() + 1
     job.token += 1
@@ -64,13 +68,14 @@ def dispatch_attempt(
     )
     session.add(attempt)
     session.flush()
-    for rank, place in enumerate(placed):
+    for rank, (place, seat) in enumerate(zip(placed, seats, strict=True)):
         hint = Hint(job_id=job_id, attempt_id=attempt.id, token=job.token, rank=rank)
         session.add(
             Lease(
                 attempt_id=attempt.id,
                 rank=rank,
                 device_id=place.device_id,
+                seat=seat,
                 expires_at=after(claim_timeout),  # type: ignore[arg-type]
             )
         )
@@ -99,8 +104,16 @@ def dispatch_attempt(
     return attempt
 
 
-def lock_free_devices(session: Session, chosen: Sequence[str], device_timeout: float) -> bool:
-    """Lock these devices, each named once; whether all are up, heard of lately, and free."""
+def take_places(
+    session: Session, placed: Sequence[Placed], device_timeout: float, *, shares: bool
+) -> list[int | None] | None:
+    """Lock the devices of these places, each of another one; the seats that are free there, for a job that
+    ``shares`` devices, else None for each, which is the whole.
+
+    None, if one of them is not up, not heard of lately, or not free: what is taken leaves a seat to one
+    that was to join others, and nothing to any other.
+    """
+    chosen = [place.device_id for place in placed]
     live = session.exec(
         select(Device.id)
         .join(Worker, col(Worker.id) == col(Device.worker_id))
@@ -109,13 +122,26 @@ def lock_free_devices(session: Session, chosen: Sequence[str], device_timeout: f
             Device.state == "up",
             col(Worker.ended_at).is_(None),
             col(Worker.heartbeat_at) > after(-device_timeout),
-            ~select(Lease.rank)
-            .where(Lease.device_id == Device.id, Lease.state != LeaseState.RELEASED)
-            .exists(),
         )
         .with_for_update(of=Device)
     ).all()
-    return set(live) == set(chosen) and len(set(chosen)) == len(chosen)
+    if set(live) != set(chosen) or len(set(chosen)) != len(chosen):
+        return None
+    # After the lock, in a statement of its own: what that waited for is seen.
+    taken: dict[str, set[int | None]] = {device_id: set() for device_id in chosen}
+    open_ones = select(Lease.device_id, Lease.seat).where(
+        col(Lease.device_id).in_(chosen), Lease.state != LeaseState.RELEASED
+    )
+    for device_id, seat in session.exec(open_ones).all():
+        taken[device_id].add(seat)
+    seats: list[int | None] = []
+    for place in placed:
+        there = taken[place.device_id]
+        left = [seat for seat in range(SEATS) if seat not in there]
+        if there and (not shares or not place.shared or None in there or not left):
+            return None
+        seats.append(left[0] if shares else None)
+    return seats
 
 
 def _open_leases(session: Session, job_id: str) -> bool:

@@ -9,7 +9,7 @@ from sqlmodel import Session, col, func, select
 
 from shared.lifecycle import AttemptState, JobState, LeaseState
 from shared.messages import Hint
-from shared.store.dispatch import Placed, drop_hints, lock_free_devices
+from shared.store.dispatch import Placed, drop_hints, take_places
 from shared.store.engine import WAKE_ATTEMPT, WAKE_SCHEDULER, after, wake
 from shared.store.guard import lock_job, release, tell
 from shared.store.leader import leads
@@ -50,7 +50,8 @@ def grow_attempt(
     out = [lease for lease in leases if lease.state != LeaseState.RELEASED]
     if most is not None and len(out) >= most:
         return None
-    if not lock_free_devices(session, [place.device_id], device_timeout):
+    seats = take_places(session, [place], device_timeout, shares=True)
+    if seats is None:
         return None
     rank = max(lease.rank for lease in leases) + 1
     attempt.world_size = rank + 1
@@ -59,6 +60,7 @@ def grow_attempt(
             attempt_id=attempt.id,
             rank=rank,
             device_id=place.device_id,
+            seat=seats[0],
             expires_at=after(claim_timeout),  # type: ignore[arg-type]
         )
     )

@@ -24,10 +24,25 @@ class WaitingJob:
     label: str
     """What Flower shows: kind and model."""
     not_before: datetime | None = None
+    model: str = ""
+    """The label that devices name what they hold warm by."""
+    shares: bool = False
+    """A batch job: it may compute beside others on one device."""
     ranks_ending: bool = False
     """Ranks of its last attempt still hold devices."""
     waiting_reason: str | None = None
     """What the job says now of why it waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """A rank of a batch job that has a seat of a device."""
+
+    job_id: str
+    priority: int
+    model: str
+    memory_bytes: int
+    """What the job needs of a device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +56,10 @@ class DeviceState:
     known: bool
     """Belongs to the fleet: not gone in an orderly way. A silent device may come back."""
     busy: bool
-    """Reserved or held."""
+    """Reserved or held, the whole or a seat of it."""
     warm: tuple[str, ...] = ()
+    tenants: tuple[Tenant, ...] = ()
+    """The batch jobs that have seats of it; none where the whole is taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +107,8 @@ def take_snapshot(session: Session, device_timeout: float, limit: int = 10_000) 
                 created_at=job.created_at,
                 requirements=Requirements.model_validate(job.requirements),
                 label=f"{job.kind}:{job.model}",
+                model=job.model,
+                shares=job.kind == "infer",
                 not_before=job.not_before,
                 ranks_ending=bool(job.ranks_ending),
                 waiting_reason=job.waiting_reason,
@@ -103,13 +122,9 @@ def take_snapshot(session: Session, device_timeout: float, limit: int = 10_000) 
 
 def read_devices(session: Session, now: datetime, device_timeout: float) -> tuple[DeviceState, ...]:
     """The fleet as it is."""
-    busy = (
-        select(Lease.device_id)
-        .where(Lease.device_id == Device.id, Lease.state != LeaseState.RELEASED)
-        .exists()
-    )
+    tenants = _tenants(session)
     rows = session.exec(
-        select(Device, Worker, busy)
+        select(Device, Worker)
         .join(Worker, col(Worker.id) == col(Device.worker_id))
         .order_by(col(Device.id))
     ).all()
@@ -128,8 +143,33 @@ def read_devices(session: Session, now: datetime, device_timeout: float) -> tupl
             and (now - worker.heartbeat_at).total_seconds() <= device_timeout
             and (device.suspect_until is None or device.suspect_until <= now),
             known=device.state != "gone",
-            busy=bool(is_busy),
+            busy=device.id in tenants,
             warm=tuple(device.warm),
+            tenants=tenants.get(device.id, ()),
         )
-        for device, worker, is_busy in rows
+        for device, worker in rows
     )
+
+
+def _tenants(session: Session) -> dict[str, tuple[Tenant, ...]]:
+    """By device that is taken; none of one that is taken as a whole."""
+    rows = session.execute(
+        select_columns(
+            col(Lease.device_id),
+            col(Lease.seat),
+            col(Job.id),
+            col(Job.priority),
+            col(Job.resolved)["model"]["label"].astext,
+            col(Job.resolved)["requirements"]["memory_bytes"].as_integer(),
+        )
+        .join(Attempt, col(Attempt.id) == col(Lease.attempt_id))
+        .join(Job, col(Job.id) == col(Attempt.job_id))
+        .where(col(Lease.state) != LeaseState.RELEASED)
+        .order_by(col(Lease.device_id), col(Lease.seat))
+    ).all()
+    found: dict[str, tuple[Tenant, ...]] = {}
+    for device_id, seat, job_id, priority, model, memory in rows:
+        found.setdefault(device_id, ())
+        if seat is not None:
+            found[device_id] += (Tenant(job_id, priority, model, memory or 0),)
+    return found

@@ -65,8 +65,15 @@ class Attempt(Table, table=True):
     finished_at: datetime | None = Field(default=None, sa_column=time_column())
 
 
+PLACES = (
+    "int8range((hashtextextended(device_id, 0) / 32) * 16 + COALESCE(seat, 0),"
+    " (hashtextextended(device_id, 0) / 32) * 16 + COALESCE(seat + 1, 16))"
+)
+"""Each device as 16 places in a row, at a number that its name hashes to: a seat is one, the whole all."""
+
+
 class Lease(Table, table=True):
-    """The expiring right of one rank to one device; unreleased, it reserves the device."""
+    """The expiring right of one rank to one device, or to a seat of it; unreleased, it reserves that."""
 
     __tablename__ = "leases"
     __table_args__ = (
@@ -74,11 +81,13 @@ class Lease(Table, table=True):
         CheckConstraint("(released_at IS NOT NULL) = (state = 'released')", name="released"),
         CheckConstraint("state <> 'held' OR worker_id IS NOT NULL", name="held_by_someone"),
         CheckConstraint("succeeded = false OR state = 'released'", name="succeeded_is_over"),
-        # No device twice. An exclusion constraint and not a partial unique index because only the
-        # former can be checked at the end of a statement, which the swap in a claim needs.
+        CheckConstraint("seat >= 0 AND seat < 16", name="seat"),
+        # No device twice, but for seats of their own. An exclusion constraint and not a partial unique
+        # index because only the former can be checked at the end of a statement, which the swap in a
+        # claim needs, and because only it sees that a whole device is in the way of any seat.
         ExcludeConstraint(
-            ("device_id", "="),
-            using="btree",
+            (text(PLACES), "&&"),
+            using="gist",
             where=text("state <> 'released'"),
             deferrable=True,
             initially="IMMEDIATE",
@@ -90,6 +99,8 @@ class Lease(Table, table=True):
     attempt_id: str = Field(sa_column=reference("attempts.id", primary_key=True))
     rank: int = Field(primary_key=True)
     device_id: str = Field(sa_column=reference("devices.id", cascade=False))
+    seat: int | None = None
+    """Of a batch job: its place beside others that the device computes at once. Null: the whole device."""
     state: str = Field(default=LeaseState.RESERVED, sa_column=text_column())
     worker_id: str | None = Field(default=None, sa_column=text_column(nullable=True))
     succeeded: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from scheduler.placement import Plan, Waiting, place
 from shared.capability import device_queue
 from shared.resolved import Requirements
 from shared.store.batches import BatchRank, BatchWork, RunningBatch
-from shared.store.snapshot import DeviceState, WaitingJob
+from shared.store.snapshot import DeviceState, Tenant, WaitingJob
 from tests.scheduler.fleets import device, fleet, fleets, job, needs, queues
 
 MUCH = BatchWork(unleased=1000, rows_left=64_000, rows_done=0)
@@ -121,7 +122,26 @@ def test_what_is_kept_for_a_waiting_job_is_not_given() -> None:
 def asked(
     devices: list[DeviceState], jobs: list[WaitingJob], *batches: RunningBatch
 ) -> list[tuple[str, int]]:
+    devices = with_tenants(devices, batches)
     return [(a.batch.id, a.rank) for a in ask_back(devices, jobs, place(devices, jobs), batches)]
+
+
+def with_tenants(
+    devices: Sequence[DeviceState], batches: Sequence[RunningBatch]
+) -> list[DeviceState]:
+    """The devices as a snapshot has them: with the jobs that compute on them."""
+    return [
+        replace(
+            device,
+            tenants=tuple(
+                Tenant(each.id, each.priority, each.model, 0)
+                for each in batches
+                for rank in each.ranks
+                if rank.device_id == device.id
+            ),
+        )
+        for device in devices
+    ]
 
 
 def test_the_newest_rank_is_asked_back_for_a_waiting_job() -> None:
@@ -152,6 +172,23 @@ def test_nothing_is_asked_back_in_vain() -> None:
     assert asked(busy_with_others, [job("w", needs(devices=3))], wide) == []
     elsewhere = job("w", needs(accelerator="cuda"))
     assert asked(cpus(2, 0), [elsewhere], wide) == []
+
+
+def test_of_a_shared_device_all_are_asked_or_none() -> None:
+    first, second = batch("a", "cpu0@a", "cpu1@a"), batch("b", "cpu1@a", "cpu2@a")
+    assert asked(cpus(3, 0), [job("w")], first, second) == [("b", 1)], (
+        "one rank is in the way there"
+    )
+    both = [("a", 1), ("b", 0)]
+    alone = batch("c", "cpu0@a"), batch("d", "cpu2@a")
+    assert sorted(asked(cpus(3, 0), [job("w")], first, second, *alone)) == both
+    last = batch("c", "cpu1@a")
+    assert asked(cpus(2, 0), [job("w")], first, last) == [("a", 0)], "the other one may not leave"
+    assert asked(cpus(2, 0), [job("w", needs(devices=2))], first, last) == []
+    unknown = [replace(d, tenants=(Tenant("x", 0, "tiny", 0),)) for d in cpus(2, 0)]
+    wide = batch("a", "cpu0@a", "cpu1@a")
+    more = [replace(d, tenants=2 * t.tenants) for d, t in zip(unknown, unknown, strict=True)]
+    assert ask_back(more, [job("w")], place(more, [job("w")]), [wide]) == [], "one only begins"
 
 
 def test_less_urgent_jobs_have_to_wait() -> None:
@@ -199,7 +236,7 @@ def test_what_is_given_is_free_and_what_is_asked_back_is_there(
         assert fits(needed, by_id[growth.device_id].capability) is None
         mine = sum(g.batch is growth.batch for g in growths)
         assert needed.most is None or len(growth.batch.ranks) + mine <= needed.most
-    asked_back = ask_back(devices, jobs, plan, running)
+    asked_back = ask_back(with_tenants(devices, running), jobs, plan, running)
     assert len({(a.batch.id, a.rank) for a in asked_back}) == len(asked_back)
     for each in running:
         asked_of = {a.rank for a in asked_back if a.batch is each}
