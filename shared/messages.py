@@ -11,6 +11,7 @@ other side is gone: a rank then exits, a worker classifies the attempt's end.
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -236,6 +237,15 @@ class Listening(Message):
 
     type: Literal["listening"] = "listening"
     port: int
+
+
+MARK = re.compile(r"\[(att_[0-9A-Z]+)\] ")
+"""How a line of an engine's log begins that is about one of its attempts."""
+
+
+def mark(attempt_id: str) -> str:
+    """The beginning of a line about this attempt; see :data:`MARK`."""
+    return f"[{attempt_id}] "
 
 
 class Ready(Message):

@@ -1,8 +1,9 @@
 """The Celery worker process of one device. The only module of the workers that imports Celery.
 
 ``python -m workers.serve --device JSON --nursery SOCKET --folder DIR``, started by the host
-manager. Celery delivers hints and shows what goes on; what counts is in Postgres. A pool of one
-thread, supervised by our own code, so that pings, revokes and heartbeats work while a job runs.
+manager. Celery delivers hints and shows what goes on; what counts is in Postgres. A pool of threads,
+supervised by our own code, so that pings, revokes and heartbeats work while a job runs: one is busy with
+a training, several are with batch jobs that share the device.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from celery import Celery, bootsteps
@@ -26,10 +28,11 @@ from celery.signals import worker_ready
 from celery.worker import state as worker_state
 from celery.worker.control import Panel, control_command
 from celery.worker.request import Request
+from kombu.common import ignore_errors
 from pydantic import ValidationError
 
 from shared.broker import celery_config
-from shared.capability import device_queue
+from shared.capability import SEATS, device_queue
 from shared.errors import GpuyardError
 from shared.messages import RUN_TASK, Hint
 from shared.settings import load_settings
@@ -72,8 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         app=app,
         hostname=device.id,
         pool="threads",
-        concurrency=1,
-        queues=[device.facts.capability.queue, device_queue(device.id)],
+        concurrency=SEATS,
+        # That of the device itself is heard apart: see DeviceStep.
+        queues=[device.facts.capability.queue],
         loglevel="INFO",
         # What they exchange between workers is in Postgres.
         without_gossip=True,
@@ -89,6 +93,7 @@ def make_app(service: DeviceService) -> Any:
     app = Celery("gpuyard.workers", config_source=celery_config(service.settings))
     app.device_service = service
     app.live_consumer = None
+    app.own_consumer = None
     app.steps["consumer"].add(DeviceStep)
 
     @app.task(  # type: ignore[untyped-decorator]
@@ -159,15 +164,55 @@ class HintRequest(Request):  # type: ignore[misc]  # Celery has no types
 
 
 class DeviceStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
-    """Shows the device in the worker's stats, and gives the requests the live consumer."""
+    """Hears two queues in two ways: that of the device's class while it is idle, and that of the device
+    itself, which names batch jobs that are to share it, also while it is at work. Each has a channel of its
+    own, as Kombu waits for all queues of a channel at once or for none.
+
+    Shows the device in the worker's stats, too, and gives the requests the live consumer.
+    """
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
+    def __init__(self, parent: Any, **options: Any) -> None:
+        super().__init__(parent, **options)
+        self._own: Any = None
+
     def start(self, consumer: Any) -> None:
-        consumer.app.live_consumer = consumer
+        app = consumer.app
+        service: DeviceService = app.device_service
+        app.live_consumer = consumer
+        channel = consumer.connection.channel()
+        name = device_queue(service.device.id)
+        queue = app.amqp.queues.new_missing(name)
+        self._own = app.amqp.TaskConsumer(
+            channel, queues=[queue], on_decode_error=consumer.on_decode_error
+        )
+        self._own.on_message = consumer.create_task_handler()
+        _consume_while(channel, lambda: len(worker_state.reserved_requests) < SEATS)
+        _consume_while(
+            consumer.task_consumer.channel,
+            lambda: not service.busy and not worker_state.reserved_requests,
+        )
+        app.own_consumer = self._own
+        self._own.consume()
+
+    def stop(self, consumer: Any) -> None:
+        own, self._own, consumer.app.own_consumer = self._own, None, None
+        if own is not None:
+            ignore_errors(consumer, own.cancel)  # type: ignore[no-untyped-call]
+
+    def shutdown(self, consumer: Any) -> None:
+        self.stop(consumer)
 
     def info(self, consumer: Any) -> dict[str, Any]:
         return {"device": consumer.app.device_service.describe()}
+
+
+def _consume_while(channel: Any, allowed: Callable[[], bool]) -> None:
+    """Take messages of this channel only while it is allowed: in the way in which Celery's own
+    ``worker_disable_prefetch`` does it, which knows one limit for all queues."""
+    original = type(channel.qos).can_consume
+    channel.qos.can_consume = MethodType(lambda qos: allowed() and original(qos), channel.qos)
 
 
 class DeviceWorker(Worker):  # type: ignore[misc]  # Celery has no types
@@ -202,6 +247,8 @@ def _drain(app: Any) -> None:
         # In the thread of the event loop. Hints that others can take are left to them.
         for name in list(app.amqp.queues.consume_from):
             consumer.call_soon(consumer.cancel_task_queue, name)
+        if app.own_consumer is not None:
+            consumer.call_soon(app.own_consumer.cancel)
     try:
         app.device_service.drain()
     finally:

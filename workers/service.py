@@ -1,8 +1,8 @@
 """What one device's worker process does beside Celery: registers, is alive, runs hints, drains.
 
-Celery calls ``run_hint`` in its pool thread and ``cancel_tasks`` for a revoke; nothing here knows
-Celery. Threads: heartbeat and housekeeping; wake-ups from Postgres; cancels that were asked for;
-measuring what configurations need.
+Celery calls ``run_hint`` in its pool threads (in several at once where batch jobs share the device) and
+``cancel_tasks`` for a revoke; nothing here knows Celery. Threads beside: heartbeat and housekeeping;
+wake-ups from Postgres; cancels that were asked for; measuring what configurations need.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class DeviceService:
         self._engine = WarmEngine(device, nursery, folder, settings.end_grace)
         self._site: Site | None = None
         self._changed = threading.Condition()
-        self._running: RunningAttempt | None = None
-        self._busy = False
+        self._running: list[RunningAttempt] = []
+        self._busy = 0
+        """Hints that are being followed: one, or several for batch jobs that share the device."""
         self._draining = False
         self._hurried = threading.Event()
         self._closing = threading.Event()
@@ -95,7 +96,8 @@ class DeviceService:
         with self._changed:
             if self._site is None or self._draining:
                 return Refusal.NOT_SERVING
-            self._busy = True
+            self._busy += 1
+        attempt: RunningAttempt | None = None
         try:
             claimed = claim(self._site, hint, self._give_up)
             if isinstance(claimed, Refusal):
@@ -104,12 +106,19 @@ class DeviceService:
             on_claimed()
             attempt = RunningAttempt(self._site, claimed, self._give_up)
             with self._changed:
-                self._running = attempt
+                self._running.append(attempt)
             return attempt.run()
         finally:
             with self._changed:
-                self._busy, self._running = False, None
+                self._busy -= 1
+                if attempt is not None:
+                    self._running.remove(attempt)
                 self._changed.notify_all()
+
+    @property
+    def busy(self) -> bool:
+        """The device is at work: hints that any device of its class may take are left to others."""
+        return self._busy > 0
 
     def cancel_tasks(self, task_ids: Iterable[str]) -> None:
         """Cancel the jobs of these Celery tasks. Returns at once; Postgres may be away."""
@@ -118,7 +127,9 @@ class DeviceService:
 
     def describe(self) -> dict[str, Any]:
         """For monitors: what the device can do, what it runs and what it holds warm."""
-        facts, running = self.device.facts, self._running
+        facts = self.device.facts
+        with self._changed:
+            running = list(self._running)
         return {
             "id": facts.id,
             "model": facts.model,
@@ -127,7 +138,7 @@ class DeviceService:
             "memory_gib": round(facts.capability.memory_bytes / 1024**3, 1),
             "uuid": facts.uuid,
             "warm": self._engine.warm,
-            "runs": running.describe() if running is not None else None,
+            "runs": [attempt.describe() for attempt in running],
             "draining": self._draining,
         }
 
@@ -162,17 +173,17 @@ class DeviceService:
 
     def _ask_back(self) -> None:
         with self._changed:
-            running = self._running
-        if running is not None:
-            running.ask_back(self._why_stopped, self.settings.drain_grace)
+            running = list(self._running)
+        for attempt in running:
+            attempt.ask_back(self._why_stopped, self.settings.drain_grace)
 
     def _preempt(self) -> None:
         with self._changed:
-            running = self._running
-        if running is not None:
-            log.info("the running attempt is ended and will be tried again")
+            running = list(self._running)
+        for attempt in running:
+            log.info("a running attempt is ended and will be tried again")
             end = failed(FailureClass.PREEMPTED, "drained", self._why_stopped)
-            running.inbox.end_with(end)
+            attempt.inbox.end_with(end)
 
     @property
     def _why_stopped(self) -> str:
@@ -218,9 +229,11 @@ class DeviceService:
         listener = self.store.listen(WAKE_ATTEMPT)
         while not self._closing.is_set():
             for _, attempt_id in listener.wait(LISTEN_SECONDS):
-                running = self._running
-                if running is not None and running.holder.attempt_id == attempt_id:
-                    running.renew_now()
+                with self._changed:
+                    running = list(self._running)
+                for attempt in running:
+                    if attempt.holder.attempt_id == attempt_id:
+                        attempt.renew_now()
         listener.close()
 
     def _carry_out_cancels(self) -> None:

@@ -86,6 +86,14 @@ def lease_shards(
     return given
 
 
+def has_suspects(session: Session, job_id: str) -> bool:
+    """Whether an engine died over a shard that is not committed."""
+    found = select(Shard.index).where(
+        Shard.job_id == job_id, col(Shard.committed_at).is_(None), Shard.deaths > 0
+    )
+    return session.exec(found.limit(1)).first() is not None
+
+
 def commit_shard(
     session: Session, holder: Holder, index: int, results: Sequence[dict[str, Any]], seconds: float
 ) -> bool:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,56 +212,64 @@ BEHAVIOURS: dict[str, Callable[[Rank, TrainAssignment], int | None]] = {
 
 
 def engine(channel: Rank) -> int:
-    """An engine that writes rows back in capitals. ``slow``: 50 ms a row. ``die_once``: is killed
-    in the third shard, the first time. ``stuck``: takes no orders. ``brisk``: 10 ms a row. ``gated``:
-    computes the rows that the test opens the gate for. ``die_loading``: before it is ready. A row "abort"
-    aborts the process, and "break" makes it fail as the real one does, whatever the job is called."""
-    job: InferAssignment | None = None
-    orders: deque[Shard] = deque()
-    done = 0
+    """An engine that writes rows back in capitals, of several jobs in turn. ``slow``: 50 ms a row.
+    ``die_once``: is killed in the third shard, the first time. ``stuck``: takes no orders. ``brisk``: 10 ms a
+    row. ``gated``: computes the rows that the test opens the gate for. ``die_loading``: before it is ready. A
+    row "abort" aborts the process, and "break" makes it fail as the real one does, whatever the job is called."""
+    jobs: dict[str, InferAssignment] = {}
+    orders: dict[str, deque[Shard]] = {}
+    done: Counter[str] = Counter()
     while True:
         try:
-            message = channel.receive(0 if orders else None)
+            message = channel.receive(0 if any(orders.values()) else None)
         except ChannelClosed:
             return 0
         if isinstance(message, InferAssignment):
-            job, done = message, 0
-            orders.clear()
-            print(f"engine {os.getpid()} begins {job.job_id}", flush=True)
-            if job.spec.name == "die_loading":
+            id = message.attempt_id
+            jobs[id], orders[id] = message, deque()
+            print(f"engine {os.getpid()} begins {message.job_id}", flush=True)
+            if message.spec.name == "die_loading":
                 os._exit(9)
-            ready = {"attempt_id": job.attempt_id, "models": (job.model_path,)}
-            channel.send(Ready(seconds=0.0, warm=True, **ready))
-            if job.spec.name == "stuck":
+            channel.send(Ready(seconds=0.0, warm=True, attempt_id=id, models=(message.model_path,)))
+            if message.spec.name == "stuck":
                 time.sleep(1000)
-        elif isinstance(message, ComputeShards) and job is not None:
-            orders.extend(message.shards)
-        elif isinstance(message, Stop) and job is not None:
-            orders.clear()
-            channel.send(Done(attempt_id=job.attempt_id, summary={"reason": message.reason}))
-            job = None
-        elif orders and job is not None:
-            if job.spec.name == "gated" and orders[0].first_row >= _gate(job):
+        elif isinstance(message, ComputeShards) and message.attempt_id in jobs:
+            orders[message.attempt_id].extend(message.shards)
+        elif isinstance(message, Stop) and message.attempt_id in jobs:
+            del jobs[message.attempt_id], orders[message.attempt_id]
+            summary = {"reason": message.reason}
+            channel.send(Done(attempt_id=message.attempt_id, summary=summary))
+        elif any(orders.values()):
+            id = next(each for each in jobs if orders[each])
+            job = jobs[id] = jobs.pop(id)  # the others are first now
+            if job.spec.name == "gated" and orders[id][0].first_row >= _gate(job):
                 time.sleep(0.01)
                 continue
-            shard = orders.popleft()
-            _note(job, shard)
-            if job.spec.name == "die_once" and shard.index == 2 and _first_time(job):
-                os.kill(os.getpid(), signal.SIGKILL)
-            try:
-                _compute(channel, job, shard)
-            except RuntimeError as error:
-                channel.send(
-                    Failed(
-                        attempt_id=job.attempt_id,
-                        failure_class=FailureClass.INFRASTRUCTURE,
-                        code="engine_error",
-                        message=f"the engine failed: {error}",
-                    )
-                )
-                return 1
-            done += shard.rows
-            channel.send(Progress(attempt_id=job.attempt_id, step=done, total_steps=0))
+            shard = orders[id].popleft()
+            if (end := _one_shard(channel, job, shard)) is not None:
+                return end
+            done[id] += shard.rows
+            channel.send(Progress(attempt_id=id, step=done[id], total_steps=0))
+
+
+def _one_shard(channel: Rank, job: InferAssignment, shard: Shard) -> int | None:
+    """An exit status, if the engine has to end."""
+    _note(job, shard)
+    if job.spec.name == "die_once" and shard.index == 2 and _first_time(job):
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        _compute(channel, job, shard)
+    except RuntimeError as error:
+        channel.send(
+            Failed(
+                attempt_id=job.attempt_id,
+                failure_class=FailureClass.INFRASTRUCTURE,
+                code="engine_error",
+                message=f"the engine failed: {error}",
+            )
+        )
+        return 1
+    return None
 
 
 def _gate(job: InferAssignment) -> int:

@@ -290,8 +290,8 @@ def test_worker_answers_while_it_runs_and_shows_its_device(fleet: Fleet) -> None
     assert device["class"] == "cuda.sm75.16g"
     assert device["simulated"]
     assert "simulated" in device["model"]
-    assert device["runs"]["job_id"] == job_id
-    assert device["runs"]["label"] == "train:tiny"
+    assert device["runs"][0]["job_id"] == job_id
+    assert device["runs"][0]["label"] == "train:tiny"
     (fleet.data / "go").touch()
     fleet.wait(job_id, "succeeded")
 

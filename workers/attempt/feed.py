@@ -13,6 +13,7 @@ from shared.errors import Unavailable
 from shared.lifecycle import FailureClass
 from shared.messages import (
     ComputeShards,
+    InferAssignment,
     Progress,
     Ready,
     Report,
@@ -26,6 +27,7 @@ from shared.specs import InferSpec
 from shared.store.claim import Claimed
 from shared.store.ledger import (
     LeasedShard,
+    has_suspects,
     lease_shards,
     record_deaths,
     row_totals,
@@ -38,7 +40,7 @@ from workers.attempt.progress import JobProgress
 from workers.attempt.reporter import Reporter
 from workers.attempt.site import Site
 from workers.channel import ChannelClosed
-from workers.launch import RankProcess
+from workers.engine_host import EngineUse
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,9 @@ TRY_AGAIN = 0.5
 HOPELESS = 32
 """Engines that may die in a row without one finished shard: more than it takes to isolate a few rows
 next to each other. Then it is no matter of rows."""
+
+LOADS = 3
+"""Engines that may die while they load the model, when others that were in them may be why."""
 
 
 def shards_in_flight(spec: InferSpec) -> int:
@@ -66,6 +71,8 @@ class ShardFeed:
         self,
         site: Site,
         claimed: Claimed,
+        assignment: InferAssignment,
+        engine: EngineUse,
         store: Insistent,
         inbox: Inbox,
         reporter: Reporter,
@@ -80,13 +87,18 @@ class ShardFeed:
         self._inbox = inbox
         self._reporter = reporter
         self._progress = JobProgress(store.call(row_totals, self._holder.job_id), self._totals)
-        self._engine: RankProcess | None = None
+        self._assignment = assignment
+        self._engine = engine
         self._in_flight: dict[int, LeasedShard] = {}
+        self._waits_alone = False
+        """What is open has to be computed alone, and others are still in the engine."""
         self._nothing_at: int | None = None
         """How many were in flight when there was nothing to lease."""
+        self.begun = False
+        """The engine has heard of the attempt."""
         self._ready_at: float | None = None
         self._computed = 0
-        self._died = 0
+        self._died = self._died_loading = 0
         self._stopped = False
 
     @property
@@ -94,9 +106,9 @@ class ShardFeed:
         """The engine has something to compute."""
         return bool(self._in_flight)
 
-    def begin(self, engine: RankProcess) -> None:
-        """Feed this engine from now on, once it has the model."""
-        self._engine, self._ready_at, self._nothing_at = engine, None, None
+    def begin(self) -> None:
+        """Feed another engine from now on, once it has the model."""
+        self.begun, self._ready_at, self._nothing_at = False, None, None
         self._computed, self._stopped = 0, False
         self._progress.begin()
 
@@ -105,6 +117,8 @@ class ShardFeed:
         match report:
             case ShardComputed():
                 self._in_flight.pop(report.index, None)
+                if not self._in_flight:
+                    self._engine.leave()
                 self._computed += 1
                 self._died = 0
                 self._put(report)
@@ -112,6 +126,7 @@ class ShardFeed:
                 self._reporter.put(self._progress.of_job(report))
             case Ready():
                 self._ready_at = time.monotonic()
+                self._engine.leave()
                 self._site.engine.holds(self._label, self._path, report.models)
                 self._reporter.put(report)
             case _:
@@ -120,6 +135,8 @@ class ShardFeed:
     def order_more(self) -> float | None:
         """Keep the engine fed; when no shard is open, or the rank is to leave, tell it to finish. Returns
         after how many seconds it is to be called again at the latest, if at any time."""
+        if not self.begun:
+            self._begin()
         if self._stopped or self._ready_at is None or self._reporter.full:
             return None
         drained = not self._in_flight and self._reporter.idle
@@ -132,15 +149,20 @@ class ShardFeed:
         told = self._nothing_at is not None and len(self._in_flight) >= self._nothing_at
         if alone or len(self._in_flight) > limit // 2 or (told and not drained):
             return None
+        if not self._engine.enter():
+            return None
         try:
             return self._lease(limit - len(self._in_flight), drained)
         except Unavailable as error:
             log.warning("no shards are leased: %s; trying on", error)
             return TRY_AGAIN
+        finally:
+            if not self._in_flight and not self._waits_alone:
+                self._engine.leave()
 
     def bury(self, end: Failed, *, blames: bool) -> Outcome | None:
         """The engine died, as ``end`` says. None: a fresh one is to go on; else how the rank ends, which it
-        does if the engine had not even loaded the model.
+        does if the engine had not even loaded the model, unless others may be why.
 
         ``blames``: whether what it computed may be why. A shard that it died over alone, and not for the
         first time, is cut in halves; a row that it died over twice alone gets an error.
@@ -149,9 +171,16 @@ class ShardFeed:
             GivenUp: Postgres did not answer, and the attempt is given up.
         """
         lost, self._in_flight = list(self._in_flight.values()), {}
+        self._waits_alone = False
+        self._engine.leave()
         self._died += 1
-        if self._ready_at is None or self._died > HOPELESS:
+        if self._died > HOPELESS:
             return end
+        if self._ready_at is None and self.begun:
+            self._died_loading += 1
+            ended = self._engine.ended
+            innocent = ended is not None and (ended.crowded or ended.on_purpose)
+            return None if innocent and self._died_loading < LOADS else end
         log.warning("the engine died over %d shards: %s", len(lost), end.failure.message)
         if not blames or not lost:
             return None
@@ -167,9 +196,16 @@ class ShardFeed:
         """Raises: Unavailable: Postgres is away."""
         having = [*self._in_flight, *self._reporter.shards]
         idle = not self._in_flight
-        found = self._site.store.call(lease_shards, self._holder, count, having, idle=idle)
+        alone = idle and self._engine.alone()
+        self._waits_alone = False
+        found = self._site.store.call(lease_shards, self._holder, count, having, idle=alone)
+        if alone and not any(each.deaths for each in found or ()):
+            self._engine.let_in()
         if found is None:
             self._inbox.end_with(Stale())
+        elif not found and idle and not alone and self._suspects():
+            self._waits_alone = True
+            self._engine.want_alone()
         elif found:
             self._nothing_at = None
             self._in_flight.update((each.shard.index, each) for each in found)
@@ -185,6 +221,16 @@ class ShardFeed:
         else:
             self._nothing_at = len(self._in_flight)
         return None
+
+    def _begin(self) -> None:
+        """Tell the engine of the attempt, as soon as nobody has to be alone in it."""
+        if self._engine.enter():
+            self.begun = True
+            self._send(self._assignment)
+
+    def _suspects(self) -> bool:
+        """Whether shards are open that have to be computed alone. Raises: Unavailable: Postgres is away."""
+        return self._site.store.call(has_suspects, self._holder.job_id)
 
     def _limit(self) -> int:
         assert self._ready_at is not None  # noqa: S101 - nothing is ordered before
@@ -251,11 +297,10 @@ class ShardFeed:
         self._stopped = True
         self._send(Stop(reason=reason, attempt_id=self._holder.attempt_id))
 
-    def _send(self, message: ComputeShards | Stop) -> None:
-        assert self._engine is not None  # noqa: S101 - begun
+    def _send(self, message: InferAssignment | ComputeShards | Stop) -> None:
         # An engine that is gone says so by its exit, which the watch sees next.
         with contextlib.suppress(ChannelClosed):
-            self._engine.channel.send(message)
+            self._engine.send(message)
 
 
 def _id_of(line: bytes) -> Any:

@@ -28,8 +28,9 @@ from workers.attempt.outcome import (
 from workers.attempt.reporter import Reporter
 from workers.attempt.site import Site
 from workers.attempt.watch import Watch
-from workers.channel import ChannelClosed, ProtocolError
-from workers.launch import Exit, RankProcess
+from workers.channel import ChannelClosed
+from workers.engine_host import EngineUse
+from workers.launch import Exit
 
 STOP_PATIENCE = 5.0
 """Seconds an engine has to answer a stop. One that does not is ended, and its models are cold."""
@@ -60,21 +61,22 @@ def run_inference(
         LaunchFailed: no engine could be started.
         GivenUp: Postgres did not answer, and the attempt is given up.
     """
-    with site.engine.use() as engine:
-        feed = ShardFeed(site, claimed, store, inbox, reporter)
+    with site.engine.use(claimed.holder.attempt_id, inbox.ring) as engine:
+        assignment = inference_assignment(site, claimed)
+        feed = ShardFeed(site, claimed, assignment, engine, store, inbox, reporter)
         while True:
             end = _serve(site, claimed, engine, feed, inbox, reporter, deadline)
             if not isinstance(end, _Died):
                 return end
             if (outcome := feed.bury(end.end, blames=end.blames)) is not None:
                 return outcome
-            engine = site.engine.replace()
+            engine.renew()
 
 
 def _serve(
     site: Site,
     claimed: Claimed,
-    engine: RankProcess,
+    engine: EngineUse,
     feed: ShardFeed,
     inbox: Inbox,
     reporter: Reporter,
@@ -83,29 +85,32 @@ def _serve(
     """One engine, to its end or to that of its work."""
     attempt_id = claimed.holder.attempt_id
     oom = OomWatch()
-    feed.begin(engine)
-    _send(engine, inference_assignment(site, claimed))
+    feed.begin()
     watch = Watch(engine, attempt_id, inbox, reporter, deadline, feed.take, feed.order_more)
     end = watch.until_end()
     if isinstance(end, Exit):
         rest = watch.read_rest()
-        exit = engine.end(grace=0)
-        site.engine.discard()
+        ended = engine.ended
+        assert ended is not None  # noqa: S101 - it said so
         if isinstance(rest, Finished):
             return rest
         if isinstance(rest, Failed):
             return _Died(rest, blames=True) if _broke(rest, feed) else rest
         words = last_line(site.engine.log_path)
-        died = classify_exit("the engine", exit, out_of_memory=oom.struck(), last_words=words)
-        return _Died(died, blames=not exit.lost)
+        died = classify_exit("the engine", end, out_of_memory=oom.struck(), last_words=words)
+        return _Died(died, blames=not (end.lost or ended.on_purpose))
     if watch.said_so:
         # After a failure of this class the engine ends by itself: nothing in it can be trusted.
         if isinstance(end, Failed) and is_infrastructure(end):
-            site.engine.discard(grace=site.settings.end_grace)
+            engine.end(grace=site.settings.end_grace)
             if _broke(end, feed):
                 return _Died(end, blames=True)
-    elif not _stop(engine, attempt_id, reason_for(end), feed.take):
-        site.engine.discard()
+    elif feed.begun:
+        obeyed = _stop(engine, attempt_id, reason_for(end), feed.take)
+        # One that works for others as well may be slow to answer. What it still says of this attempt
+        # reaches nobody.
+        if not obeyed and not engine.shared:
+            engine.end(grace=0)
     return end
 
 
@@ -136,16 +141,16 @@ def reason_for(end: Outcome) -> str:
     return end.failure.code if isinstance(end, Failed) else type(end).__name__.lower()
 
 
-def _stop(
-    engine: RankProcess, attempt_id: str, reason: str, take: Callable[[Report], None]
-) -> bool:
+def _stop(engine: EngineUse, attempt_id: str, reason: str, take: Callable[[Report], None]) -> bool:
     """Have the engine drop the attempt; False when it does not obey in time."""
-    _send(engine, Stop(reason=reason, attempt_id=attempt_id))
+    # An engine that is gone says so by its exit, which the watch sees next.
+    with contextlib.suppress(ChannelClosed):
+        engine.send(Stop(reason=reason, attempt_id=attempt_id))
     deadline = time.monotonic() + STOP_PATIENCE
     while (left := deadline - time.monotonic()) > 0:
         try:
             report = engine.channel.receive(left)
-        except (ChannelClosed, ProtocolError):
+        except ChannelClosed:
             return False
         if isinstance(report, ShardComputed) and report.attempt_id == attempt_id:
             take(report)
@@ -154,9 +159,3 @@ def _stop(
         elif isinstance(report, Done) and report.attempt_id == attempt_id:
             return True
     return False
-
-
-def _send(engine: RankProcess, message: InferAssignment | Stop) -> None:
-    # An engine that is gone says so by its exit, which the watch sees next.
-    with contextlib.suppress(ChannelClosed):
-        engine.channel.send(message)

@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from shared.messages import MARK
+
 log = logging.getLogger(__name__)
 
 CHUNK = 64 * 1024
@@ -15,11 +17,19 @@ CHUNK = 64 * 1024
 class LogTail:
     """Ships complete lines from where the file ended when this was made, up to ``limit`` bytes.
 
-    ``write`` takes the text and says whether it still counts.
+    ``write`` takes the text and says whether it still counts. ``attempt_id``: of a log that several attempts
+    share, lines that begin with the mark of another one are left out; see :data:`shared.messages.MARK`.
     """
 
-    def __init__(self, path: Path, limit: int, write: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        limit: int,
+        write: Callable[[str], bool],
+        attempt_id: str | None = None,
+    ) -> None:
         self.path = path
+        self._attempt_id = attempt_id
         self._limit = limit
         self._write = write
         self._offset = path.stat().st_size if path.exists() else 0
@@ -41,14 +51,25 @@ class LogTail:
             last = self._shipped + len(whole) >= self._limit
             if last:
                 whole = whole[: self._limit - self._shipped]
-            text = whole.decode(errors="replace")
+            text = self._mine(whole.decode(errors="replace"))
             if last:
                 text += f"\n[more than {self._limit} bytes: the rest is only in {self.path}]\n"
-            if not self._write(text):
+            if text and not self._write(text):
                 return False
             self._offset += len(whole)
             self._shipped += len(whole)
         return True
+
+    def _mine(self, text: str) -> str:
+        if self._attempt_id is None:
+            return text
+        lines = text.splitlines(keepends=True)
+        found = [(MARK.match(line), line) for line in lines]
+        return "".join(
+            line[mark.end() :] if mark else line
+            for mark, line in found
+            if mark is None or mark[1] == self._attempt_id
+        )
 
     def _read(self) -> bytes:
         try:

@@ -164,12 +164,15 @@ class RunningAttempt:
             rank_host=host,
             keep_checkpoints=int(checkpoint.get("keep", 1)),
         )
-        if self.claimed.kind == "train":
-            path = folder.log(self.holder.rank, self.site.device.id)
-        else:
-            path = self.site.engine.log_path
+        alone = self.claimed.kind == "train"
+        path = (
+            folder.log(self.holder.rank, self.site.device.id)
+            if alone
+            else self.site.engine.log_path
+        )
         limit = self.site.settings.max_log_bytes
-        return Reporter(writer, lambda write: LogTail(path, limit, write), self.inbox)
+        of = None if alone else self.holder.attempt_id
+        return Reporter(writer, lambda write: LogTail(path, limit, write, of), self.inbox)
 
     def _run_process(self, folder: AttemptFolder, host: str, reporter: Reporter) -> Outcome:
         deadline = self._deadline

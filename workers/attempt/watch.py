@@ -13,12 +13,11 @@ from workers.attempt.inbox import Inbox
 from workers.attempt.outcome import Finished, Outcome, failed
 from workers.attempt.reporter import Reporter
 from workers.channel import ChannelClosed, ProtocolError
+from workers.engine_host import EngineUse
+from workers.engine_process import CLOSED_PATIENCE
 from workers.launch import Exit, RankProcess
 
 log = logging.getLogger(__name__)
-
-CLOSED_PATIENCE = 5.0
-"""Seconds that a process may live on after it has closed its channel."""
 
 
 class Watch:
@@ -31,7 +30,7 @@ class Watch:
 
     def __init__(
         self,
-        process: RankProcess,
+        process: RankProcess | EngineUse,
         attempt_id: str,
         inbox: Inbox,
         reporter: Reporter,

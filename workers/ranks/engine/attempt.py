@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from shared.errors import DataError
-from shared.messages import InferAssignment, Progress, Shard, ShardComputed
+from shared.messages import InferAssignment, Progress, Shard, ShardComputed, mark
 from shared.rows import read_lines, row_error
 from workers.ranks.engine.device import peak_bytes, reset_peak
 from workers.ranks.engine.inputs import Request, RowProblem, read_request
@@ -165,7 +165,7 @@ class Attempt:
         bad = sum(result["error"] is not None for result in results)
         rows_per_second, tokens_per_second = self.pace.rates()
         print(
-            f"shard {done.shard.index} done ({self._reported_shards} of {self._known_shards} ordered): "
+            f"{mark(self.id)}shard {done.shard.index} done ({self._reported_shards} of {self._known_shards} ordered): "
             f"{len(results)} rows{f', {bad} with errors' if bad else ''} in {seconds:.1f} s; "
             f"now {rows_per_second:.1f} rows/s, {tokens_per_second:.0f} tokens/s",
             flush=True,

@@ -25,6 +25,7 @@ from shared.messages import (
     Order,
     Ready,
     Stop,
+    mark,
 )
 from workers.channel import Channel, ChannelClosed, ProtocolError
 from workers.ranks.engine.attempt import Attempt, compute_dtype
@@ -135,9 +136,12 @@ class Engine:
         seconds = time.monotonic() - started
         name, precision = Path(assignment.model_path).name, str(dtype).removeprefix("torch.")
         how = "is warm" if warm else f"loaded in {seconds:.1f} s"
-        print(f"model {name} ({precision}, {assignment.device.id}) {how}", flush=True)
+        of = mark(assignment.attempt_id)
+        print(f"{of}model {name} ({precision}, {assignment.device.id}) {how}", flush=True)
         if not loaded.batches:
-            print("it computes rows that share a pass otherwise: rows go one by one", flush=True)
+            print(
+                f"{of}it computes rows that share a pass otherwise: they go one by one", flush=True
+            )
         self._channel.send(
             Ready(
                 attempt_id=assignment.attempt_id,
@@ -191,7 +195,7 @@ class Engine:
         summary = attempt.summary(stopped)
         self._close(attempt)
         print(
-            f"{'stopped: ' + reason if stopped else 'finished'}; {summary['rows']} rows, "
+            f"{mark(attempt.id)}{'stopped: ' + reason if stopped else 'finished'}; {summary['rows']} rows, "
             f"{summary['errors']} with errors, in {summary['compute_seconds']} s",
             flush=True,
         )
@@ -201,7 +205,7 @@ class Engine:
         failure = describe_failure(error, attempt_id)
         if (attempt := self._attempts.get(attempt_id)) is not None:
             self._close(attempt)
-        print(f"failed: {failure.message}", flush=True)
+        print(f"{mark(attempt_id)}failed: {failure.message}", flush=True)
         self._channel.send(failure)
         if failure.failure_class in (FailureClass.INFRASTRUCTURE, FailureClass.LOST_DEVICE):
             self._broken = True
