@@ -223,6 +223,13 @@ class FileView(View):
     created_at: datetime
 
 
+class DeviceRun(View):
+    """A rank of a job on a device."""
+
+    job_id: str
+    rank: int
+
+
 class DeviceView(View):
     id: str
     host: str
@@ -240,8 +247,8 @@ class DeviceView(View):
     queue: str
     simulated: bool
     warm: list[str] = []
-    job_id: str | None = None
-    rank: int | None = None
+    runs: list[DeviceRun] = []
+    """What it works for; several where batch jobs share it."""
     seconds_silent: float
 
 

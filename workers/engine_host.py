@@ -260,6 +260,8 @@ class Crowd:
             if self._alone is None:
                 self._alone = attempt_id
             self._inside.discard(attempt_id)
+            # Whoever wanted it first may have waited for this one.
+            self._ring_others(attempt_id)
 
     def let_in(self, attempt_id: str) -> None:
         with self._lock:

@@ -28,6 +28,7 @@ from shared.views import (
     ArtifactView,
     AttemptView,
     CheckpointView,
+    DeviceRun,
     DeviceView,
     EventView,
     FailureView,
@@ -187,8 +188,7 @@ def device_view(row: DeviceRow, device_timeout: float) -> DeviceView:
         **fields,
         state=state,
         compute_capability=row.device.compute_capability / 10,
-        job_id=row.job_id,
-        rank=row.rank,
+        runs=[DeviceRun(job_id=job_id, rank=rank) for job_id, rank in row.runs],
         seconds_silent=round(row.seconds_silent, 3),
     )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlmodel import Session, col, func, select
 
-from shared.lifecycle import AttemptState, JobState
+from shared.lifecycle import AttemptState, JobState, LeaseState
 from shared.tables import (
     Artifact,
     Attempt,
@@ -160,25 +161,31 @@ class DeviceRow:
     device: Device
     worker: Worker
     seconds_silent: float
-    job_id: str | None
-    """What it runs."""
-    rank: int | None
+    runs: tuple[tuple[str, int], ...]
+    """The jobs and ranks that it runs, or is reserved for; several where batch jobs share it."""
 
 
 def list_devices(session: Session) -> list[DeviceRow]:
     now = session.exec(select(func.clock_timestamp())).one()
+    runs: dict[str, list[tuple[str, int]]] = defaultdict(list)
+    leases = (
+        select(Lease.device_id, Attempt.job_id, Lease.rank)
+        .join(Attempt, col(Attempt.id) == col(Lease.attempt_id))
+        .where(Lease.state != LeaseState.RELEASED)
+        .order_by(col(Lease.created_at), col(Lease.rank))
+    )
+    for device_id, job_id, rank in session.exec(leases).all():
+        runs[device_id].append((job_id, rank))
     rows = session.exec(
-        select(Device, Worker, Attempt.job_id, Lease.rank)
+        select(Device, Worker)
         .join(Worker, col(Worker.id) == col(Device.worker_id))
-        .outerjoin(
-            Lease, (col(Lease.device_id) == col(Device.id)) & (col(Lease.state) != "released")
-        )
-        .outerjoin(Attempt, col(Attempt.id) == col(Lease.attempt_id))
         .order_by(col(Device.id))
     ).all()
     return [
-        DeviceRow(device, worker, (now - worker.heartbeat_at).total_seconds(), job_id, rank)
-        for device, worker, job_id, rank in rows
+        DeviceRow(
+            device, worker, (now - worker.heartbeat_at).total_seconds(), tuple(runs[device.id])
+        )
+        for device, worker in rows
     ]
 
 

@@ -189,7 +189,7 @@ def test_a_failed_job_says_why_and_shows_its_attempts(
         {"rank": 0, "device_id": "cpu0@fake", "state": "held"}
     ]
     devices = client.get("/v1/devices").json()["items"]
-    assert [(d["id"], d["job_id"], d["rank"]) for d in devices] == [("cpu0@fake", job, 0)]
+    assert [(d["id"], d["runs"]) for d in devices] == [("cpu0@fake", [{"job_id": job, "rank": 0}])]
     fleet.fail(holder, FailureClass.DATA_ERROR, "row 3 is odd")
     failed = client.get(f"/v1/jobs/{job}").json()
     assert failed["state"] == "failed"

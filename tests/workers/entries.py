@@ -38,6 +38,7 @@ from shared.messages import (
     ShardComputed,
     Stop,
     TrainAssignment,
+    mark,
 )
 from shared.rows import read_lines, result, row_error
 from workers.channel import Channel, ChannelClosed
@@ -255,6 +256,7 @@ def engine(channel: Rank) -> int:
 def _one_shard(channel: Rank, job: InferAssignment, shard: Shard) -> int | None:
     """An exit status, if the engine has to end."""
     _note(job, shard)
+    print(f"{mark(job.attempt_id)}computes {job.job_id}", flush=True)
     if job.spec.name == "die_once" and shard.index == 2 and _first_time(job):
         os.kill(os.getpid(), signal.SIGKILL)
     try:

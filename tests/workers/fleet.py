@@ -313,12 +313,14 @@ class Fleet:
 
     def free(self) -> bool:
         """No device is reserved or held."""
-        return all(row.job_id is None for row in self.store.call(read.list_devices))
+        return all(not row.runs for row in self.store.call(read.list_devices))
 
     def running_on(self, device: str) -> str | None:
         """The job that has the device."""
         rows = self.store.call(read.list_devices)
-        return next(row.job_id for row in rows if row.device.id == device)
+        return next(
+            (job_id for row in rows if row.device.id == device for job_id, _ in row.runs), None
+        )
 
     def celery(self) -> Celery:
         """A client of the broker, as Flower has one."""

@@ -36,10 +36,12 @@ def fleet(console: Console, devices: Sequence[DeviceView], workers: Sequence[Wor
         shown = state(device.state)
         if device.state == "silent":
             shown.append(f" {duration(device.seconds_silent)}")
-        runs = f"{device.job_id}" + (f" rank {device.rank}" if device.rank else "")
+        runs = ", ".join(
+            run.job_id + (f" rank {run.rank}" if run.rank else "") for run in device.runs
+        )
         rows.append(
             (
-                name, shown, runs if device.job_id else "-", model, device.queue,
+                name, shown, runs or "-", model, device.queue,
                 size(device.memory_bytes), ", ".join(device.warm),
                 f"pid {worker.pid}, {worker.version}" if worker else "",
             )
