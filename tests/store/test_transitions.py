@@ -77,15 +77,24 @@ class JobStore(RuleBasedStateMachine):
             self.jobs.append(world.submit(self.store, world.needs(devices=devices)))
 
     @precondition(lambda self: self.jobs)
-    @rule(n=pick, order=st.permutations(DEVICES), targeted=st.booleans(), old_term=st.booleans())
-    def dispatch(self, n: int, order: list[str], targeted: bool, old_term: bool) -> None:
+    @rule(
+        n=pick,
+        order=st.permutations(DEVICES),
+        targeted=st.booleans(),
+        shared=st.booleans(),
+        old_term=st.booleans(),
+    )
+    def dispatch(
+        self, n: int, order: list[str], targeted: bool, shared: bool, old_term: bool
+    ) -> None:
         queued = [j["id"] for j in self.before["jobs"] if j["state"] == JobState.QUEUED]
         some = queued if queued and n % 4 else self.jobs
         job_id = some[n // 4 % len(some)]
         job = self.job(job_id)
         count = int(job["resolved"]["requirements"]["devices"])
         term = self.terms[0] if old_term else self.terms[-1]
-        placed = [Placed(d, device_queue(d) if targeted else "cpu") for d in order[:count]]
+        queues = {d: device_queue(d) if targeted or shared else "cpu" for d in order}
+        placed = [Placed(d, queues[d], shared) for d in order[:count]]
         attempt = self.store.call(
             dispatch_attempt, term, job_id, placed,
             label="x", claim_timeout=60, device_timeout=60, reason="test",
@@ -470,8 +479,10 @@ def check_transitions(before: world.Contents, now: world.Contents) -> None:
 
 def check_rows(now: world.Contents) -> None:
     """The tables agree with one another."""
-    devices = [lease["device_id"] for lease in open_leases(now)]
-    assert len(devices) == len(set(devices)), "a device is given twice"
+    for device in DEVICES:
+        seats = [le["seat"] for le in open_leases(now) if le["device_id"] == device]
+        assert len(seats) == len(set(seats)), "a seat is given twice"
+        assert len(seats) < 2 or None not in seats, "a whole device is shared"
     for job in now["jobs"]:
         state = JobState(job["state"])
         mine = [a for a in now["attempts"] if a["job_id"] == job["id"]]
