@@ -100,7 +100,7 @@ def _on_one_device(client: Client, prompts: list[str], turns: int) -> dict[str, 
     beside = [_run(client, [prompts[n : n + 1]], tokens=8) for n in range(10)]
     assert client.job(backlog).state == "running", "the backlog was over too soon"
     client.cancel(backlog)
-    client.wait(backlog, check=False)
+    client.wait(backlog, raise_on_failure=False)
     return {
         "jobs": {n: statistics.median(found) for n, found in seconds.items()},
         "one_row": {"the device idle": idle, "beside a backlog with the same model": beside},

@@ -26,7 +26,8 @@ from celery.exceptions import Ignore
 from celery.platforms import SecurityWarning
 from celery.signals import worker_ready
 from celery.worker import state as worker_state
-from celery.worker.control import Panel, control_command
+from celery.worker.consumer import Consumer
+from celery.worker.control import Panel, control_command, inspect_command
 from celery.worker.request import Request
 from kombu.common import ignore_errors
 from pydantic import ValidationError
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hostname=device.id,
         pool="threads",
         concurrency=SEATS,
-        # That of the device itself is heard apart: see DeviceStep.
+        consumer_cls=DeviceConsumer,
+        # That of the device itself is heard apart: see DeviceConsumer.
         queues=[device.facts.capability.queue],
         loglevel="INFO",
         # What they exchange between workers is in Postgres.
@@ -93,7 +95,6 @@ def make_app(service: DeviceService) -> Any:
     app = Celery("gpuyard.workers", config_source=celery_config(service.settings))
     app.device_service = service
     app.live_consumer = None
-    app.own_consumer = None
     app.steps["consumer"].add(DeviceStep)
 
     @app.task(  # type: ignore[untyped-decorator]
@@ -163,46 +164,64 @@ class HintRequest(Request):  # type: ignore[misc]  # Celery has no types
             dispatcher.send(type, uuid=self.id, **fields)
 
 
-class DeviceStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+class DeviceConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
     """Hears two queues in two ways: that of the device's class while it is idle, and that of the device
     itself, which names batch jobs that are to share it, also while it is at work. Each has a channel of its
-    own, as Kombu waits for all queues of a channel at once or for none.
+    own, as Kombu waits for all queues of a channel at once or for none."""
 
-    Shows the device in the worker's stats, too, and gives the requests the live consumer.
-    """
+    own: Any = None
+    """Of the device's queue."""
+
+    def open_own(self) -> None:
+        """The consumer of tasks is there, on a new connection."""
+        service: DeviceService = self.app.device_service
+        queue = self.app.amqp.queues.new_missing(device_queue(service.device.id))
+        channel = self.connection.channel()
+        self.own = self.app.amqp.TaskConsumer(
+            channel, queues=[queue], on_decode_error=self.on_decode_error
+        )
+        self.own.on_message = self.create_task_handler()
+        _consume_while(channel, lambda: len(worker_state.reserved_requests) < SEATS)
+        _consume_while(
+            self.task_consumer.channel,
+            lambda: not service.busy and not worker_state.reserved_requests,
+        )
+        self.own.consume()
+
+    def close_own(self) -> None:
+        own, self.own = self.own, None
+        if own is not None:
+            ignore_errors(self, own.cancel)  # type: ignore[no-untyped-call]
+
+    def cancel_task_queue(self, queue: str) -> None:
+        """What ``cancel_consumer`` does."""
+        if self.own is not None and queue == device_queue(self.app.device_service.device.id):
+            self.own.cancel_by_queue(queue)
+        else:
+            super().cancel_task_queue(queue)
+
+    def cancel_all_queues(self) -> None:
+        """Take nothing new. In the thread of the event loop."""
+        for name in list(self.app.amqp.queues.consume_from):
+            self.cancel_task_queue(name)
+        self.close_own()
+
+
+class DeviceStep(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
+    """Opens the consumer of the device's queue, shows the device in the worker's stats, and gives the
+    requests the live consumer."""
 
     requires = ("celery.worker.consumer.tasks:Tasks",)
 
-    def __init__(self, parent: Any, **options: Any) -> None:
-        super().__init__(parent, **options)
-        self._own: Any = None
+    def start(self, consumer: DeviceConsumer) -> None:
+        consumer.app.live_consumer = consumer
+        consumer.open_own()
 
-    def start(self, consumer: Any) -> None:
-        app = consumer.app
-        service: DeviceService = app.device_service
-        app.live_consumer = consumer
-        channel = consumer.connection.channel()
-        name = device_queue(service.device.id)
-        queue = app.amqp.queues.new_missing(name)
-        self._own = app.amqp.TaskConsumer(
-            channel, queues=[queue], on_decode_error=consumer.on_decode_error
-        )
-        self._own.on_message = consumer.create_task_handler()
-        _consume_while(channel, lambda: len(worker_state.reserved_requests) < SEATS)
-        _consume_while(
-            consumer.task_consumer.channel,
-            lambda: not service.busy and not worker_state.reserved_requests,
-        )
-        app.own_consumer = self._own
-        self._own.consume()
+    def stop(self, consumer: DeviceConsumer) -> None:
+        consumer.close_own()
 
-    def stop(self, consumer: Any) -> None:
-        own, self._own, consumer.app.own_consumer = self._own, None, None
-        if own is not None:
-            ignore_errors(consumer, own.cancel)  # type: ignore[no-untyped-call]
-
-    def shutdown(self, consumer: Any) -> None:
-        self.stop(consumer)
+    def shutdown(self, consumer: DeviceConsumer) -> None:
+        consumer.close_own()
 
     def info(self, consumer: Any) -> dict[str, Any]:
         return {"device": consumer.app.device_service.describe()}
@@ -245,10 +264,7 @@ def _drain(app: Any) -> None:
     consumer = app.live_consumer
     if consumer is not None:
         # In the thread of the event loop. Hints that others can take are left to them.
-        for name in list(app.amqp.queues.consume_from):
-            consumer.call_soon(consumer.cancel_task_queue, name)
-        if app.own_consumer is not None:
-            consumer.call_soon(app.own_consumer.cancel)
+        consumer.call_soon(consumer.cancel_all_queues)
     try:
         app.device_service.drain()
     finally:
@@ -267,6 +283,15 @@ def revoke(state: Any, task_id: Any, **kwargs: Any) -> Any:  # noqa: ARG001 - th
     # Celery only notes the ids, and drops hints that still wait. Terminating is for the attempt's
     # own thread, which ends the whole process tree.
     return _celery_revoke(state, ids, terminate=False)
+
+
+@inspect_command(name="active_queues")  # type: ignore[untyped-decorator]
+def active_queues(state: Any) -> list[dict[str, Any]]:
+    """The queues that are heard, that of the device among them."""
+    consumers = (state.consumer.task_consumer, state.consumer.own)
+    return [
+        dict(queue.as_dict(recurse=True)) for each in consumers if each for queue in each.queues
+    ]
 
 
 @control_command(name="shutdown")  # type: ignore[untyped-decorator]

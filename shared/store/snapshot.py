@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from sqlalchemy import BigInteger, cast
 from sqlalchemy import select as select_columns
 from sqlmodel import Session, col, func, select
 
@@ -160,7 +161,7 @@ def _tenants(session: Session) -> dict[str, tuple[Tenant, ...]]:
             col(Job.id),
             col(Job.priority),
             col(Job.resolved)["model"]["label"].astext,
-            col(Job.resolved)["requirements"]["memory_bytes"].as_integer(),
+            cast(col(Job.resolved)["requirements"]["memory_bytes"].astext, BigInteger),
         )
         .join(Attempt, col(Attempt.id) == col(Lease.attempt_id))
         .join(Job, col(Job.id) == col(Attempt.job_id))

@@ -49,8 +49,8 @@ def deafen(fleet: Fleet) -> None:
                 queue, destination=[DEAF], reply=True, timeout=30, limit=1
             )
             assert "ok" in reply[DEAF]
-        heard = client.control.inspect([DEAF], timeout=30, limit=1).active_queues()
-    assert heard == {DEAF: []}
+        inspect = client.control.inspect([DEAF], timeout=30, limit=1)
+        eventually(lambda: inspect.active_queues() == {DEAF: []}, 30)
 
 
 def device(fleet: Fleet) -> Device:

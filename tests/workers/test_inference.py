@@ -45,7 +45,10 @@ def test_rows_come_back_in_order_and_the_engine_stays_warm(shared_fleet: Fleet) 
     again = shared_fleet.infer(prompts(3))
     shared_fleet.wait(again, "succeeded")
     assert engines(shared_fleet) == {engine}
-    assert shared_fleet.log_text(again).splitlines() == [f"engine {engine} begins {again}"]
+    assert shared_fleet.log_text(again).splitlines() == [
+        f"engine {engine} begins {again}",
+        f"computes {again}",
+    ]
 
 
 def warm(fleet: Fleet) -> list[str]:
