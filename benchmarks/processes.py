@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -47,3 +47,22 @@ def _parent(pid: int) -> int | None:
         return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
     except OSError:
         return None
+
+
+def tree_cpu_seconds(pids: Iterable[int]) -> float:
+    """Processor time of processes and all below them, also of those that are gone and were waited for."""
+    seen: set[int] = set()
+    waiting = list(pids)
+    while waiting:
+        if (pid := waiting.pop()) not in seen:
+            seen.add(pid)
+            waiting += children(pid)
+    return sum(map(_cpu_seconds, seen))
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")

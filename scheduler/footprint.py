@@ -26,6 +26,9 @@ SCORED_BYTES = 64 * MIB
 BYTES_PER_TOKEN = 3
 """UTF-8 bytes of text a token stands for, on the low side: English has about 4.5."""
 SPECIAL_TOKENS = 8
+ROWS_WITH_ROOM = 32
+"""Rows of a batch job that the device must have room for together, at most: where memory is shorter than
+for all that may be computed together, the engine takes fewer."""
 STATE_BYTES = {"adamw": 8, "adam": 8, "sgd": 4, "adafactor": 0}
 """That an optimizer keeps of each trained element, in fp32: two moments, one, or only sums of rows and
 columns, which are too few to count."""
@@ -292,13 +295,14 @@ def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None
     element = BF16 if infers_in_bf16(shape, spec) else FP32
     length = sequence_length(shape, longest_text, spec.max_length)
     per_token = 10 * shape.hidden + 3 * shape.intermediate
-    working = spec.batch_size * length * per_token * element
+    rows = min(spec.batch_size, ROWS_WITH_ROOM)
+    working = rows * length * per_token * element
     total = shape.parameters * element + working + RUNTIME
     if spec.task in GENERATIVE:
         whole = min(length + spec.sampling.max_new_tokens, shape.positions)
         cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * element
         # Logits are kept once as computed and once in fp32 for sampling.
-        total += spec.batch_size * (cache * whole + 2 * FP32 * shape.vocabulary)
+        total += rows * (cache * whole + 2 * FP32 * shape.vocabulary)
     if spec.task == "scoring":
         total += 3 * SCORED_BYTES  # as computed, in fp32, and their log-softmax
     return total

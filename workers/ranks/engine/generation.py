@@ -158,12 +158,13 @@ class TextGeneration(Generating):
         return torch.cat(logits)
 
     def _seats(self, reach: int) -> int:
-        """How many slots to have: as many as there are rows, and twice those there were where that is
-        not enough, so that they rarely grow."""
+        """How many slots to have: as many as there are rows; and where that is more than there were, as many
+        as those that wait will want as well, so that they rarely grow: growing copies them all."""
         needed = len(self._active)
         if needed <= self._runner.slots:
             return needed
-        roomy = min(2 * self._runner.slots, self.max_rows + LATE_SEATS)
+        usual = self.max_rows if needed <= self.max_rows else self.max_rows + LATE_SEATS
+        roomy = min(max(2 * self._runner.slots, needed + len(self.turns)), usual)
         if row_bytes := reach * self._runner.bytes_per_position:
             roomy = min(roomy, (self._cache_bytes - self._prefixes.bytes) // row_bytes)
         return max(needed, roomy)

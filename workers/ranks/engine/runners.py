@@ -13,6 +13,12 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel
 
+from workers.ranks.engine.attention import (
+    can_take_runs,
+    cut_into_runs,
+    forget_runs,
+    uses_runs,
+)
 from workers.ranks.engine.head import only_at
 from workers.ranks.engine.slots import SlotCache
 
@@ -72,6 +78,7 @@ class SlotRunner:
         self.bytes_per_position = bytes_per_position
         self._model = model
         self._cache = SlotCache(_FIRST_SLOTS)
+        self._in_runs = uses_runs(model)
 
     @property
     def slots(self) -> int:
@@ -137,9 +144,13 @@ class SlotRunner:
         visible = max(positions) + 1
         self._cache.reserve(visible)
         at = torch.tensor(positions, device=self._device)
-        mask = torch.arange(visible, device=self._device)[None] <= at[:, None]
         self._cache.begin_decode(at, visible)
         ids = torch.tensor(tokens, device=self._device)[:, None]
+        if self._in_runs:
+            runs = cut_into_runs([place + 1 for place in positions], self._cache.layer_bytes)
+            unused = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+            return self._forward(ids, unused, at[:, None], slot_runs=runs)[:, -1]
+        mask = torch.arange(visible, device=self._device)[None] <= at[:, None]
         return self._forward(ids, mask[:, None, None], at[:, None])[:, -1]
 
     def move(self, source: int, target: int, length: int) -> None:
@@ -157,7 +168,7 @@ class SlotRunner:
         return self._model.device
 
     def _forward(
-        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor
+        self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, **more: Any
     ) -> torch.Tensor:
         output: Any = self._model(
             input_ids=ids,
@@ -165,6 +176,7 @@ class SlotRunner:
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
+            **more,
         )
         logits: torch.Tensor = output.logits
         return logits
@@ -221,7 +233,8 @@ class SingleRunner:
 
 @torch.inference_mode()
 def measure_slots(model: PreTrainedModel) -> int | None:
-    """Bytes of cache per position if the model can decode over slots; None if it cannot.
+    """Bytes of cache per position if the model can decode over slots; None if it cannot. Afterwards it has
+    the attention that is best for slots of those that it can use.
 
     Two rows of different length are prefilled and decoded over slots, one of them also behind a beginning
     that was copied, and computed plainly; any difference (ALiBi built from 2-D masks, recurrent layers,
@@ -229,6 +242,14 @@ def measure_slots(model: PreTrainedModel) -> int | None:
     """
     if not _attends_to_everything(model):
         return None
+    if can_take_runs(model):
+        if (measured := _measure(model)) is not None:
+            return measured
+        forget_runs(model)
+    return _measure(model)
+
+
+def _measure(model: PreTrainedModel) -> int | None:
     vocabulary = model.config.get_text_config().vocab_size
     rows = [[(7 * i + 3 + k) % vocabulary for i in range(n)] for k, n in enumerate((6, 4))]
     runner = SlotRunner(model)

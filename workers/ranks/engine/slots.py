@@ -39,6 +39,11 @@ class SlotCache(DynamicCache):
         """Memory that one position of one row takes, over all layers; 0 before the first pass."""
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in (*self._keys, *self._values))
 
+    @property
+    def layer_bytes(self) -> int:
+        """The same of one layer, in the mean."""
+        return self.bytes_per_position // max(1, len(self._keys))
+
     def reserve(self, length: int, slots: int = 0) -> None:
         """Make room for rows of ``length`` positions, and for ``slots`` of them. What the slots hold is
         kept.
