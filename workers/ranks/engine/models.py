@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.errors import ModelNotFound, UnsupportedModel
 from shared.specs import SEQ2SEQ, Task
+from workers.ranks.engine.crossing import measure_crossing
 from workers.ranks.engine.device import release_unused
 from workers.ranks.engine.families import context_length, load_for_task, refuse_tokenizer
 from workers.ranks.engine.lockstep import CacheCost, measure_decoder
@@ -53,7 +54,7 @@ class LoadedModel:
     slot_bytes_per_position: int | None = None
     """For text-generation: see :func:`workers.ranks.engine.runners.measure_slots`."""
     cache_cost: CacheCost | None = None
-    """For text2text: see :func:`workers.ranks.engine.lockstep.measure_decoder`."""
+    """For text2text: see :func:`workers.ranks.engine.crossing.measure_crossing`."""
 
 
 class ModelCache:
@@ -167,7 +168,9 @@ def _load(key: ModelKey) -> LoadedModel:
     rewrite_for_speed(model)
     model.to(key.device)  # type: ignore[arg-type]  # (a decorated method that mypy misreads)
     slots = measure_slots(model) if key.task == "text-generation" else None
-    cost = measure_decoder(model, tokenizer) if key.task in SEQ2SEQ else None
+    cost = None
+    if key.task in SEQ2SEQ:
+        cost = measure_crossing(model, tokenizer) or measure_decoder(model, tokenizer)
     if key.task == "text-generation":
         batches = slots is not None
     else:
