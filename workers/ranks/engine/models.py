@@ -17,11 +17,17 @@ from shared.specs import SEQ2SEQ, Task
 from workers.ranks.engine.crossing import measure_crossing
 from workers.ranks.engine.device import release_unused
 from workers.ranks.engine.families import context_length, load_for_task, refuse_tokenizer
+from workers.ranks.engine.fused import fuse_encoder
 from workers.ranks.engine.lockstep import CacheCost, measure_decoder
 from workers.ranks.engine.padding import pad_token, same_when_padded
 from workers.ranks.engine.rewrite import rewrite_for_speed
 from workers.ranks.engine.runners import measure_slots
 from workers.ranks.loading import LoadError, load_tokenizer
+
+ENCODED: frozenset[Task] = frozenset(
+    ("text-classification", "token-classification", "fill-mask", "embeddings", "reranking")
+)
+"""Tasks whose models read a text as a whole, and write none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +173,9 @@ def _load(key: ModelKey) -> LoadedModel:
     refuse_tokenizer(key.task, key.path, tokenizer)
     rewrite_for_speed(model)
     model.to(key.device)  # type: ignore[arg-type]  # (a decorated method that mypy misreads)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    if key.task in ENCODED:
+        fuse_encoder(model)
     slots = measure_slots(model) if key.task == "text-generation" else None
     cost = None
     if key.task in SEQ2SEQ:
@@ -180,7 +189,7 @@ def _load(key: ModelKey) -> LoadedModel:
         model=model,
         tokenizer=tokenizer,
         seconds=time.monotonic() - started,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=weight_bytes,
         context=context_length(key.task, key.path, model, tokenizer),
         pad_token=pad_token(model, tokenizer),
         batches=batches,
