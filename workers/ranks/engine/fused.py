@@ -55,8 +55,9 @@ class Fused:
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor, activation: nn.Module | None = None
     ) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
         self._bias = bias
+        self.weight_bytes = 4 * (weight.numel() + bias.numel())
         form = _gelu(activation)
         self._name, self._form = ("none", "") if form is None else ("gelu", form)
         self._behind = activation if form is None else None
@@ -90,6 +91,9 @@ class FusedLayer:
         self._up = Fused(parts.up.weight, parts.up.bias, parts.activation)
         self._down = Fused(parts.down.weight, parts.down.bias)
         self._norms = (parts.first_norm, parts.second_norm)
+        norms = sum(4 * p.numel() for norm in self._norms for p in norm.parameters())
+        linears = (self._mixed, self._out, self._up, self._down)
+        self.weight_bytes = norms + sum(each.weight_bytes for each in linears)
 
     def __call__(self, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """[tokens, size] of rows with so many tokens each."""
@@ -116,6 +120,7 @@ class FusedEncoder(nn.Module):
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         super().__init__()
         self._layers = layers
+        self.weight_bytes = sum(layer.weight_bytes for layer in layers)
 
     def forward(
         self,
