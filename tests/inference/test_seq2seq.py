@@ -339,6 +339,38 @@ def test_a_finished_row_is_replaced_at_once(t5):
     assert steps["slots"] < 0.8 * steps["groups"]
 
 
+def test_slots_for_short_rows_make_room_for_long_ones(t5, monkeypatch):
+    monkeypatch.setattr("workers.ranks.engine.dense.CAPACITY_STEP", 1)
+    loaded = load(t5)
+    options = Generation(max_new_tokens=6)
+    texts = [*["the cat"] * 24, *(sentence(60, i) for i in range(4)), *["many birds sang"] * 24]
+    rows = prompts(loaded, texts, options)
+    longest, shortest = max(len(row.ids) for row in rows), min(len(row.ids) for row in rows)
+    budget = loaded.cache_cost.of(3, longest, 6)
+    assert budget > loaded.cache_cost.of(12, shortest, 6)
+
+    def run(cache_bytes: int) -> tuple[dict[int, Any], int]:
+        runner = CrossRunner(loaded.model, loaded.pad_token, 1)
+        computation = TextToText(loaded, cache_bytes=cache_bytes, runner=runner)
+        results: dict[int, Any] = {}
+        # One after the other, as shards come: what is added together is sorted.
+        for part in (rows[:24], rows[24:28], rows[28:]):
+            owner = str(part[0].row)
+            computation.join(owner, 12)
+            computation.add([replace(row, owner=owner) for row in part])
+        most = 0
+        while computation.busy:
+            results |= {a.result["row"]: a.result for a in computation.step().results}
+            assert runner.bytes <= cache_bytes
+            most = max(most, len(computation.active))
+        return results, most
+
+    tight, most = run(budget)
+    assert most > 3
+    plenty, _ = run(1 << 30)
+    assert tight == plenty and len(tight) == 52
+
+
 def test_what_is_left_goes_out_of_its_slots_between_steps(t5):
     loaded = load(t5)
     rows = prompts(loaded, TEXTS, Generation(max_new_tokens=12))

@@ -105,6 +105,21 @@ class CrossRunner:
         """Of one row, once something was written."""
         return self._written.bytes_per_position
 
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """Tokens of a source, and written ones, that each slot has room for."""
+        return self._read.capacity, self._written.capacity
+
+    @property
+    def bytes(self) -> int:
+        """Memory that the slots take."""
+        return self._read.bytes + self._written.bytes
+
+    def resize(self, slots: int, source: int, written: int) -> None:
+        """Have room for just so many rows with so many tokens. What was there beyond is gone."""
+        self._read.resize(slots, source)
+        self._written.resize(slots, written)
+
     def encode(self, first: int, sources: Sequence[Sequence[int]], slots: int = 0) -> None:
         """Read sources into the slots from ``first`` on; may run out of memory.
 

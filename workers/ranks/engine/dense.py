@@ -23,6 +23,11 @@ class DenseStates:
         tensors = [tensor for layer in self._layers for tensor in layer]
         return sum(t.shape[1] * t.shape[3] * t.element_size() for t in tensors)
 
+    @property
+    def bytes(self) -> int:
+        """Memory that all of it takes."""
+        return self.slots * self.capacity * self.bytes_per_position
+
     def reserve(self, slots: int, length: int) -> None:
         """Make room for so many rows of ``length`` positions. What the slots hold is kept.
 
@@ -31,10 +36,17 @@ class DenseStates:
         """
         if length <= self.capacity and slots <= self.slots:
             return
-        self.capacity = max(self.capacity, -(-length // CAPACITY_STEP) * CAPACITY_STEP)
-        self.slots = max(self.slots, slots)
+        self.resize(max(self.slots, slots), max(self.capacity, length))
+
+    def resize(self, slots: int, length: int) -> None:
+        """Have room for just so many rows of ``length`` positions. What of the slots is within is kept.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: there is no memory for it.
+        """
+        self.slots, self.capacity = slots, -(-length // CAPACITY_STEP) * CAPACITY_STEP
         for index, (keys, values) in enumerate(self._layers):
-            self._layers[index] = (self._grown(keys), self._grown(values))
+            self._layers[index] = (self._resized(keys), self._resized(values))
 
     def write(self, layer: int, first: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Put states [rows, heads, length, size] into the slots from ``first`` on, from position 0."""
@@ -67,9 +79,10 @@ class DenseStates:
         if layer == len(self._layers):
             self._layers.append((self._zeros(keys), self._zeros(values)))
 
-    def _grown(self, old: torch.Tensor) -> torch.Tensor:
+    def _resized(self, old: torch.Tensor) -> torch.Tensor:
         new = self._zeros(old)
-        new[: old.shape[0], :, : old.shape[2]] = old
+        slots, length = min(len(old), self.slots), min(old.shape[2], self.capacity)
+        new[:slots, :, :length] = old[:slots, :, :length]
         return new
 
     def _zeros(self, like: torch.Tensor) -> torch.Tensor:

@@ -81,9 +81,9 @@ class TextToText(FromSources):
             self.turns.done(self._active[place])
         self._free(closed)
         if admitted := self._admit():
-            first = len(self._active)
-            sources = [row.prompt.ids for row in admitted]
-            self._runner.encode(first, sources, self._seats(admitted))
+            first, seats = len(self._active), self._seats(admitted)
+            self._keep_to_budget(seats, admitted)
+            self._runner.encode(first, [row.prompt.ids for row in admitted], seats)
             self._active += admitted
             self._joining = []
             self._rules.update((row, self._rules_of(row)) for row in admitted)
@@ -135,6 +135,16 @@ class TextToText(FromSources):
         if each := self.cost.of(1, *self._reach(rows)):
             roomy = min(roomy, self.cache_bytes // each)
         return max(len(rows), roomy)
+
+    def _keep_to_budget(self, seats: int, admitted: list[ActiveRow]) -> None:
+        """Cut the slots down to what is needed where they would grow beyond the budget: what was there for many
+        short rows is not there for a few long ones as well, nor the other way round."""
+        rows = [*self._active, *admitted]
+        source, _ = self._reach(rows)
+        written = max(len(row.generated) for row in rows) + 1
+        lengths = (max(source, self._runner.capacity[0]), max(written, self._runner.capacity[1]))
+        if self.cost.of(max(seats, self._runner.slots), *lengths) > self.cache_bytes:
+            self._runner.resize(seats, source, written)
 
     def _reach(self, rows: list[ActiveRow]) -> tuple[int, int]:
         """The longest source, and the most tokens that any may write."""
