@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from workers.ranks.engine.batching import plan_batches
 from workers.ranks.engine.classification import Classification
@@ -70,6 +70,41 @@ def test_long_texts_are_an_error_or_cut_with_the_closing_token_kept(engine, bert
     expected = model(ids).logits[0].softmax(-1).max().item()
     assert cut.results[0]["output"]["score"] == pytest.approx(expected, abs=1e-5)
     assert len(cut.results[0]["output"]["labels"]) == len(LABELS)
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (1, None),
+        (1, "regression"),
+        (1, "multi_label_classification"),
+        (3, None),
+        (3, "multi_label_classification"),
+        (3, "regression"),
+    ],
+)
+def test_scores_mean_what_they_mean_in_a_pipeline(engine, bert, models_dir, labels, problem):
+    folder = models_dir / f"head-{labels}-{problem}"
+    model = AutoModelForSequenceClassification.from_pretrained(
+        bert, num_labels=labels, problem_type=problem, ignore_mismatched_sizes=True
+    )
+    torch.manual_seed(2)
+    torch.nn.init.normal_(model.classifier.weight, std=0.5)
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    tokenizer.save_pretrained(folder)
+    outcome = engine.run(
+        folder, [{"text": t} for t in TEXTS[:12]], task="text-classification", top_k_labels=3
+    )
+    theirs = pipeline("text-classification", model=str(folder), top_k=None)(TEXTS[:12])
+    for row, expected in zip(outcome.results, theirs, strict=True):
+        told = row["output"]["labels"]
+        assert [entry["label"] for entry in told] == [entry["label"] for entry in expected]
+        assert [entry["score"] for entry in told] == pytest.approx(
+            [entry["score"] for entry in expected], abs=1e-6
+        )
+    # One label is not always certain.
+    assert len({round(row["output"]["score"], 5) for row in outcome.results}) > 6
 
 
 @pytest.mark.parametrize("task", ["text-classification", "text-generation"])

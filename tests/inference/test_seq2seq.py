@@ -5,23 +5,27 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from shared.messages import Done, Progress, Ready, ShardComputed
 from shared.rows import cut_into_shards
 from shared.specs import Generation, InferSpec
+from workers.ranks.engine.crossing import CrossRunner
+from workers.ranks.engine.groups import TextInGroups
 from workers.ranks.engine.inputs import Request
-from workers.ranks.engine.lockstep import LockstepDecoder
+from workers.ranks.engine.lockstep import CacheCost, LockstepDecoder
 from workers.ranks.engine.models import LoadedModel, ModelCache
 from workers.ranks.engine.prompts import Prompt, PromptEncoder
 from workers.ranks.engine.text2text import TextToText
 
-from .tiny import finish, make_bart, make_t5, sentence
+from .tiny import finish, make_bart, make_seq2seq, make_t5, sentence
 
 TEXTS = [sentence(1 + (7 * i) % 23, i) for i in range(36)]
 RULES = {
@@ -58,6 +62,7 @@ def reference(path: Path, texts: Sequence[str], max_new: int) -> list[dict[str, 
     model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
     answers = []
     for text in texts:
         ids = torch.tensor([tokenizer(text).input_ids])
@@ -187,7 +192,7 @@ def test_a_stop_in_the_middle_is_answered_at_once(engine, models_dir):
     assert report.summary["stopped"] is True and report.summary["rows"] < 720
 
 
-class ScarceMemory(LockstepDecoder):
+class ScarceGroups(LockstepDecoder):
     """On a device with room for so many positions of a cache."""
 
     positions = 0
@@ -210,36 +215,65 @@ class ScarceMemory(LockstepDecoder):
         super().reset()
 
 
+class ScarceSlots(CrossRunner):
+    """On a device with room for so many positions of a cache."""
+
+    positions = 0
+
+    def encode(self, first: int, sources: Sequence[Sequence[int]], slots: int = 0) -> None:
+        if (first + len(sources)) * max(map(len, sources)) > self.positions:
+            raise torch.OutOfMemoryError("no room")
+        super().encode(first, sources, slots)
+
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+        if len(tokens) * (max(self._lengths) + max(positions) + 1) > self.positions:
+            raise torch.OutOfMemoryError("no room")
+        return super().decode(tokens, positions)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_out_of_memory_goes_on_with_fewer_rows(t5, temperature):
+@pytest.mark.parametrize("way", ["slots", "groups"])
+def test_out_of_memory_goes_on_with_fewer_rows(t5, temperature, way):
     loaded = load(t5)
     sampling = Generation(max_new_tokens=9, temperature=temperature)
     rows = prompts(loaded, [*TEXTS[:11], sentence(60)], sampling)
 
-    def run(decoder: LockstepDecoder) -> dict[int, Any]:
-        computation = TextToText(loaded, cache_bytes=1 << 30, decoder=decoder)
+    def run(positions: int) -> dict[int, Any]:
+        computation: TextToText | TextInGroups
+        if way == "slots":
+            runner = ScarceSlots(loaded.model, loaded.pad_token, 1)
+            runner.positions = positions
+            computation = TextToText(loaded, cache_bytes=1 << 30, runner=runner)
+        else:
+            decoder = ScarceGroups(loaded.model, loaded.pad_token)
+            decoder.positions = positions
+            computation = TextInGroups(loaded, cache_bytes=1 << 30, decoder=decoder)
         computation.join("", 8)
         computation.add(rows)
         return finish(computation)
 
-    scarce = ScarceMemory(loaded.model, loaded.pad_token)
-    scarce.positions = 60
-    plenty, tight = run(LockstepDecoder(loaded.model, loaded.pad_token)), run(scarce)
+    plenty, tight = run(100_000), run(60)
     assert tight.keys() == plenty.keys() == set(range(12))
     assert tight[11]["error"]["code"] == "out_of_memory"
     assert [tight[i] for i in range(11)] == [plenty[i] for i in range(11)]
 
 
-def test_caches_stay_within_the_budget_and_steps_short(t5, monkeypatch):
-    loaded = load(t5)
-    # 2 layers, keys and values, 4 heads of size 8, 4 bytes; and the encoder's 32 numbers.
-    assert loaded.cache_cost.per_generated_token == 2 * 2 * 4 * 8 * 4
-    assert loaded.cache_cost.per_source_token == 2 * 2 * 4 * 8 * 4 + 32 * 4
-    rows = prompts(loaded, TEXTS, Generation(max_new_tokens=12))
-    widest = max(len(row.ids) for row in rows)
-    calls: list[tuple[str, int]] = []
+Calls = list[tuple[str, int]]
 
-    class Watched(LockstepDecoder):
+
+def watched(loaded: LoadedModel, way: str, calls: Calls, budget: int) -> TextToText | TextInGroups:
+    """A computation that notes its passes: their padded tokens of sources, and their rows."""
+
+    class Slots(CrossRunner):
+        def encode(self, first: int, sources: Sequence[Sequence[int]], slots: int = 0) -> None:
+            calls.append(("encode", len(sources) * max(map(len, sources))))
+            super().encode(first, sources, slots)
+
+        def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> torch.Tensor:
+            calls.append(("decode", len(tokens)))
+            return super().decode(tokens, positions)
+
+    class Groups(LockstepDecoder):
         def encode(self, sources: Sequence[Sequence[int]]) -> None:
             calls.append(("encode", len(sources) * max(map(len, sources))))
             super().encode(sources)
@@ -248,10 +282,23 @@ def test_caches_stay_within_the_budget_and_steps_short(t5, monkeypatch):
             calls.append(("decode", len(tokens)))
             return super().decode(tokens)
 
+    if way == "slots":
+        runner = Slots(loaded.model, loaded.pad_token, 1)
+        return TextToText(loaded, cache_bytes=budget, runner=runner)
+    return TextInGroups(loaded, cache_bytes=budget, decoder=Groups(loaded.model, 0))
+
+
+@pytest.mark.parametrize("way", ["slots", "groups"])
+def test_caches_stay_within_the_budget_and_steps_short(t5, monkeypatch, way):
+    loaded = load(t5)
+    # 2 layers, keys and values, 4 heads of size 8, 4 bytes: nothing is kept of the encoder itself.
+    each = 2 * 2 * 4 * 8 * 4
+    assert loaded.cache_cost == CacheCost(each, each, batches=True, slots=True)
+    rows = prompts(loaded, TEXTS, Generation(max_new_tokens=12))
+    widest = max(len(row.ids) for row in rows)
+    calls: Calls = []
     monkeypatch.setattr("workers.ranks.engine.text2text.ENCODE_TOKENS", {"cpu": 40})
-    computation = TextToText(
-        loaded, cache_bytes=loaded.cache_cost.of(6, widest, 12), decoder=Watched(loaded.model, 0),
-    )  # fmt: skip
+    computation = watched(loaded, way, calls, loaded.cache_cost.of(6, widest, 12))
     computation.join("", 16)
     computation.add(rows[:20])
     results = [answered.result["row"] for answered in computation.step().results]
@@ -259,13 +306,136 @@ def test_caches_stay_within_the_budget_and_steps_short(t5, monkeypatch):
     while computation.busy:
         before = len(calls)
         results += [answered.result["row"] for answered in computation.step().results]
-        assert len(calls) - before == 1
+        passes = [call for call, _ in calls[before:]]
+        assert passes in (["encode"], ["decode"], ["encode", "decode"])
     assert sorted(results) == list(range(len(TEXTS)))
     decoded = [size for call, size in calls if call == "decode"]
     assert max(size for call, size in calls if call == "encode") <= 40
     assert max(decoded) >= 6
-    # Finished rows do not go on: a group gets smaller on its way.
+    # Finished rows do not go on.
     assert any(later < earlier for earlier, later in itertools.pairwise(decoded))
+
+
+def test_a_finished_row_is_replaced_at_once(t5):
+    """Lockstep waits for the longest answer of a group; slots do not."""
+    loaded = load(t5)
+    rows = prompts(loaded, TEXTS, Generation(max_new_tokens=40, temperature=1.0))
+    steps: dict[str, int] = {}
+    for way in ("slots", "groups"):
+        calls: Calls = []
+        computation = watched(loaded, way, calls, 1 << 30)
+        computation.join("", 6)
+        computation.add(rows)
+        results = finish(computation)
+        lengths = [row["usage"]["output_tokens"] for row in results.values()]
+        assert len(set(lengths)) > 4, sorted(lengths)
+        decoded = [size for call, size in calls if call == "decode"]
+        assert sum(decoded) == sum(lengths)
+        steps[way] = len(decoded)
+        if way == "slots":
+            # All seats are taken as long as rows wait for one.
+            taken = [size == 6 for size in decoded]
+            assert taken == sorted(taken, reverse=True)
+    assert steps["slots"] < 0.8 * steps["groups"]
+
+
+def test_slots_for_short_rows_make_room_for_long_ones(t5, monkeypatch):
+    monkeypatch.setattr("workers.ranks.engine.dense.CAPACITY_STEP", 1)
+    loaded = load(t5)
+    options = Generation(max_new_tokens=6)
+    texts = [*["the cat"] * 24, *(sentence(60, i) for i in range(4)), *["many birds sang"] * 24]
+    rows = prompts(loaded, texts, options)
+    longest, shortest = max(len(row.ids) for row in rows), min(len(row.ids) for row in rows)
+    budget = loaded.cache_cost.of(3, longest, 6)
+    assert budget > loaded.cache_cost.of(12, shortest, 6)
+
+    def run(cache_bytes: int) -> tuple[dict[int, Any], int]:
+        runner = CrossRunner(loaded.model, loaded.pad_token, 1)
+        computation = TextToText(loaded, cache_bytes=cache_bytes, runner=runner)
+        results: dict[int, Any] = {}
+        # One after the other, as shards come: what is added together is sorted.
+        for part in (rows[:24], rows[24:28], rows[28:]):
+            owner = str(part[0].row)
+            computation.join(owner, 12)
+            computation.add([replace(row, owner=owner) for row in part])
+        most = 0
+        while computation.busy:
+            results |= {a.result["row"]: a.result for a in computation.step().results}
+            assert runner.bytes <= cache_bytes
+            most = max(most, len(computation.active))
+        return results, most
+
+    tight, most = run(budget)
+    assert most > 3
+    plenty, _ = run(1 << 30)
+    assert tight == plenty and len(tight) == 52
+
+
+def test_what_is_left_goes_out_of_its_slots_between_steps(t5):
+    loaded = load(t5)
+    rows = prompts(loaded, TEXTS, Generation(max_new_tokens=12))
+    alone = TextToText(loaded, cache_bytes=1 << 30)
+    alone.join("kept", 8)
+    alone.add([replace(row, owner="kept") for row in rows[::2]])
+    expected = finish(alone)
+
+    computation = TextToText(loaded, cache_bytes=1 << 30)
+    for owner in ("kept", "left"):
+        computation.join(owner, 8)
+    computation.add([replace(rows[i], owner="left" if i % 2 else "kept") for i in range(36)])
+    answered = [each for _ in range(4) for each in computation.step().results]
+    assert {row.prompt.owner for row in computation.active} == {"kept", "left"}
+    computation.leave("left")
+    answered += computation.step().results
+    assert {row.prompt.owner for row in computation.active} == {"kept"}
+    while computation.busy:
+        answered += computation.step().results
+    kept = {each.result["row"]: each.result for each in answered if each.owner == "kept"}
+    assert kept == expected
+
+
+@pytest.mark.parametrize("family", ["pegasus", "marian", "mbart", "m2m_100", "mt5", "umt5"])
+def test_other_families_write_what_generate_writes(engine, models_dir, family):
+    """Their positions and biases have forms of their own."""
+    model = make_seq2seq(models_dir / family, family)
+    assert load(model).cache_cost.slots is True
+    outcome = engine.run(
+        model, [{"text": t} for t in TEXTS[:16]], task="text2text", batch_size=5,
+        generation={"max_new_tokens": 14},
+    )  # fmt: skip
+    expected = reference(model, TEXTS[:16], 14)
+    assert outcome.texts == [e["text"] for e in expected]
+    assert len(set(outcome.texts)) > 6
+    lengths = [r["usage"]["output_tokens"] for r in outcome.results]
+    assert lengths == [len(e["ids"]) for e in expected]
+    assert len(set(lengths)) > 2
+
+
+def test_what_cannot_be_decoded_over_slots_is_decoded_in_groups(engine, models_dir):
+    model = make_seq2seq(models_dir / "led", "led")
+    loaded = load(model)
+    assert loaded.cache_cost.slots is False
+    outcome = engine.run(
+        model, [{"text": t} for t in TEXTS[:12]], task="text2text", batch_size=5,
+        generation={"max_new_tokens": 10},
+    )  # fmt: skip
+    expected = reference(model, TEXTS[:12], 10)
+    assert outcome.texts == [e["text"] for e in expected]
+    assert len(set(outcome.texts)) > 4
+
+
+def test_a_difference_in_the_small_computation_rules_slots_out(t5, monkeypatch):
+    """A bias that is not one of distance alone, say."""
+    attention = "transformers.models.t5.modeling_t5.T5Attention.compute_bias"
+    original = T5Attention.compute_bias
+
+    def odd(self, query_length, key_length, device=None, past_seen_tokens=0):
+        bias = original(self, query_length, key_length, device, past_seen_tokens)
+        return bias + 5.0 * (torch.arange(key_length) % 3) if self.is_decoder else bias
+
+    monkeypatch.setattr(attention, odd)
+    cost = load(t5).cache_cost
+    assert cost.slots is False and cost.batches is True
 
 
 @pytest.mark.parametrize("made", ["gpt2", "bert", "headless"])

@@ -16,6 +16,8 @@ from tokenizers import (
     processors,
 )
 from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -178,12 +180,55 @@ def make_bart(folder: Path, *, seed: int = 0, **generation: object) -> Path:
         decoder_ffn_dim=64, max_position_embeddings=64, init_std=0.1,
     )  # fmt: skip
     model = BartForConditionalGeneration(config)
+    _listen(model)
+    for name, value in generation.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _listen(model: PreTrainedModel, factor: float = 3.0) -> None:
+    """The source decides."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "encoder_attn" in name and parameter.dim() > 1:
-                parameter.mul_(3.0)  # the source decides
-    for name, value in generation.items():
-        setattr(model.generation_config, name, value)
+                parameter.mul_(factor)
+
+
+def make_seq2seq(folder: Path, family: str, *, seed: int = 0) -> Path:
+    """Of a family that is made as T5 or as BART is."""
+    torch.manual_seed(seed)
+    byte_level(folder, [word for word in VOCABULARY if word.isalpha()])
+    like_t5 = family in ("mt5", "umt5")
+    if like_t5:
+        sizes: dict[str, float] = {
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 64,
+            "num_layers": 2,
+            "num_heads": 4,
+        }
+    else:
+        sizes = {
+            "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+            "max_position_embeddings": 64, "init_std": 0.1,
+        }  # fmt: skip
+    if family == "led":
+        del sizes["max_position_embeddings"]
+        sizes |= {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}
+        sizes["attention_window"] = 8
+    config = AutoConfig.for_model(
+        family, vocab_size=size_of(folder), pad_token_id=1, decoder_start_token_id=0, **sizes
+    )
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    if like_t5:
+        widen(model)
+    else:
+        _listen(model, 8.0)
+    model.generation_config.eos_token_id = [2, *range(40, size_of(folder), 9)]
+    model.generation_config.forced_eos_token_id = None
+    model.generation_config.no_repeat_ngram_size = 1
     model.save_pretrained(folder)
     return folder
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
 
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.passes import Batch, SortedPasses
@@ -15,15 +19,12 @@ class Classification(SortedPasses):
     def __init__(self, loaded: LoadedModel, *, top_k: int) -> None:
         super().__init__(loaded)
         self._labels = label_names(loaded)
+        self._scores_of = scores_of(loaded.model.config)
         self._top_k = min(top_k, len(self._labels))
 
     def read(self, batch: Batch) -> list[dict[str, Any] | None]:
         logits = self.forward(batch).logits.float()
-        if self._model.config.problem_type == "multi_label_classification":
-            logits = logits.sigmoid()
-        elif self._model.config.problem_type != "regression":
-            logits = logits.softmax(dim=-1)
-        return [self._output(scores) for scores in logits.tolist()]
+        return [self._output(scores) for scores in self._scores_of(logits).tolist()]
 
     def _output(self, scores: list[float]) -> dict[str, Any] | None:
         if not all(map(math.isfinite, scores)):
@@ -31,6 +32,17 @@ class Classification(SortedPasses):
         best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: self._top_k]
         labels = [{"label": self._labels[i], "score": scores[i]} for i in best]
         return {**labels[0], "labels": labels}
+
+
+def scores_of(config: PreTrainedConfig) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What makes scores of a classifier's logits [rows, labels], as Transformers' pipeline does: labels that
+    exclude each other share one certainty; each of several has its own, and so has one that is alone, which
+    would always be certain otherwise; a number stays as it is."""
+    if config.problem_type == "regression":
+        return torch.Tensor.float
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return torch.Tensor.sigmoid
+    return lambda logits: logits.softmax(dim=-1)
 
 
 def label_names(loaded: LoadedModel) -> list[str]:

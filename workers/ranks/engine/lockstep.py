@@ -25,6 +25,8 @@ class CacheCost:
     per_source_token: int
     per_generated_token: int
     batches: bool
+    slots: bool = False
+    """They may be at different places of their texts."""
 
     def of(self, rows: int, source: int, generated: int) -> int:
         """Of ``rows`` rows padded to ``source`` tokens that write up to ``generated`` tokens."""

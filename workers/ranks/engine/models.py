@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,8 +14,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.errors import ModelNotFound, UnsupportedModel
 from shared.specs import SEQ2SEQ, Task
+from workers.ranks.engine.bases import (
+    CAUSAL,
+    ENCODED,
+    same_base,
+    same_model,
+    share_base,
+    shared_bytes,
+)
+from workers.ranks.engine.crossing import measure_crossing
 from workers.ranks.engine.device import release_unused
 from workers.ranks.engine.families import context_length, load_for_task, refuse_tokenizer
+from workers.ranks.engine.fused import fuse_encoder
 from workers.ranks.engine.lockstep import CacheCost, measure_decoder
 from workers.ranks.engine.padding import pad_token, same_when_padded
 from workers.ranks.engine.rewrite import rewrite_for_speed
@@ -53,7 +63,9 @@ class LoadedModel:
     slot_bytes_per_position: int | None = None
     """For text-generation: see :func:`workers.ranks.engine.runners.measure_slots`."""
     cache_cost: CacheCost | None = None
-    """For text2text: see :func:`workers.ranks.engine.lockstep.measure_decoder`."""
+    """For text2text: see :func:`workers.ranks.engine.crossing.measure_crossing`."""
+    padded: bool = True
+    """Rows of different length get in one pass what each gets alone."""
 
 
 class ModelCache:
@@ -89,8 +101,14 @@ class ModelCache:
         if (found := self._loaded.pop(key, None)) is not None:
             self._loaded[key] = found
             return found, True
-        self._make_room(key, budget, in_use)
-        self._loaded[key] = _load(key)
+        alike = [found for found in self._loaded.values() if _alike(found.key, key)]
+        for found in alike:
+            if same_model(found.key.task, task):
+                self._loaded[key] = _for_task(found, key)
+                return self._loaded[key], True
+        kin = [found for found in alike if same_base(found.key.task, task)]
+        self._make_room(key, budget, {*in_use, *(found.key for found in kin)})
+        self._loaded[key] = _load(key, kin)
         return self._loaded[key], False
 
     @property
@@ -100,7 +118,9 @@ class ModelCache:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(model.weight_bytes for model in self._loaded.values())
+        """What they take together: weights that several have in common count once."""
+        whole = sum(model.weight_bytes for model in self._loaded.values())
+        return whole - shared_bytes(model.model for model in self._loaded.values())
 
     def _make_room(
         self, wanted: ModelKey, budget: int | None, in_use: Collection[ModelKey]
@@ -153,7 +173,23 @@ def model_key(task: Task, path: str, dtype: torch.dtype, device: torch.device) -
     return ModelKey(task, path, dtype, device, files)
 
 
-def _load(key: ModelKey) -> LoadedModel:
+def _alike(key: ModelKey, other: ModelKey) -> bool:
+    """Whether two are the same folder on the same device in the same precision."""
+    return replace(key, task=other.task) == other
+
+
+def _for_task(loaded: LoadedModel, key: ModelKey) -> LoadedModel:
+    """The very same model for another task."""
+    batches = _batches(key.task, loaded.slot_bytes_per_position, loaded.padded)
+    return replace(loaded, key=key, batches=batches)
+
+
+def _batches(task: Task, slots: int | None, padded: bool) -> bool:
+    return slots is not None if task == "text-generation" else padded
+
+
+def _load(key: ModelKey, kin: Sequence[LoadedModel] = ()) -> LoadedModel:
+    """``kin``: models that may have the same base."""
     started = time.monotonic()
     try:
         model = load_for_task(key.task, key.path, key.dtype)
@@ -166,21 +202,25 @@ def _load(key: ModelKey) -> LoadedModel:
     refuse_tokenizer(key.task, key.path, tokenizer)
     rewrite_for_speed(model)
     model.to(key.device)  # type: ignore[arg-type]  # (a decorated method that mypy misreads)
-    slots = measure_slots(model) if key.task == "text-generation" else None
-    cost = measure_decoder(model, tokenizer) if key.task in SEQ2SEQ else None
-    if key.task == "text-generation":
-        batches = slots is not None
-    else:
-        batches = cost.batches if cost is not None else same_when_padded(model, tokenizer)
+    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    shares = any(share_base(model, other.model, tokenizer) for other in kin)
+    if key.task in ENCODED and key.dtype == torch.float32 and not shares:
+        fuse_encoder(model)
+    slots = measure_slots(model) if key.task in CAUSAL else None
+    cost = None
+    if key.task in SEQ2SEQ:
+        cost = measure_crossing(model, tokenizer) or measure_decoder(model, tokenizer)
+    padded = cost.batches if cost is not None else same_when_padded(model, tokenizer)
     return LoadedModel(
         key=key,
         model=model,
         tokenizer=tokenizer,
         seconds=time.monotonic() - started,
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        weight_bytes=weight_bytes,
         context=context_length(key.task, key.path, model, tokenizer),
         pad_token=pad_token(model, tokenizer),
-        batches=batches,
+        batches=_batches(key.task, slots, padded),
         slot_bytes_per_position=slots,
         cache_cost=cost,
+        padded=padded,
     )

@@ -50,9 +50,9 @@ def same_when_padded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         return False
     ids, mask = pad_rows(rows, pad_token(model, tokenizer), model.device)
     try:
-        together = _first_output(model(input_ids=ids, attention_mask=mask))
+        together = first_output(model(input_ids=ids, attention_mask=mask))
         alone = [
-            _first_output(model(input_ids=ids[i : i + 1, : len(row)])) for i, row in enumerate(rows)
+            first_output(model(input_ids=ids[i : i + 1, : len(row)])) for i, row in enumerate(rows)
         ]
     except torch.OutOfMemoryError:
         raise
@@ -68,7 +68,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, dtype: torch.dtype) -> bool:
     return (ours.float() - theirs.float()).abs().max().item() <= tolerance * scale
 
 
-def _first_output(output: Any) -> torch.Tensor:
-    """Logits [rows, labels] or [rows, width, labels], or hidden states [rows, width, size]."""
+def first_output(output: Any) -> torch.Tensor:
+    """Of what a model gave: logits [rows, labels] or [rows, width, labels], or hidden states [rows, width, size]."""
     first: torch.Tensor = output[0]
     return first

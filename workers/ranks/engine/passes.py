@@ -42,6 +42,11 @@ class Batch:
     mask: torch.Tensor
     types: torch.Tensor | None = None
 
+    @property
+    def padded(self) -> bool:
+        """Some rows are shorter than others."""
+        return len({len(prompt.ids) for prompt in self.prompts}) > 1
+
 
 class SortedPasses(ABC):
     """See :class:`workers.ranks.engine.computation.Computation`. A task adds :meth:`read`."""
@@ -157,8 +162,8 @@ class SortedPasses(ABC):
     def forward(self, batch: Batch) -> Any:
         """The model's output for a batch."""
         pairs = {} if batch.types is None else {"token_type_ids": batch.types}
-        if len(batch.prompts) == 1:
-            # Without padding there is nothing to mask, and not every model takes a mask.
+        if not batch.padded:
+            # There is nothing to mask, and not every model takes a mask.
             return self._model(input_ids=batch.ids, **pairs)
         return self._model(input_ids=batch.ids, attention_mask=batch.mask, **pairs)
 

@@ -136,7 +136,7 @@ class Scoring(SortedPasses):
 
     def forward(self, batch: Batch) -> Any:
         # Nothing is generated behind it: no cache of keys and values.
-        mask = None if len(batch.prompts) == 1 else batch.mask
+        mask = batch.mask if batch.padded else None
         return self._model(input_ids=batch.ids, attention_mask=mask, use_cache=False)
 
     def read(self, batch: Batch) -> list[dict[str, Any] | None]:

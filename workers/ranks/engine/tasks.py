@@ -9,6 +9,7 @@ from workers.ranks.engine.computation import Computation
 from workers.ranks.engine.device import cache_budget
 from workers.ranks.engine.embeddings import Embeddings
 from workers.ranks.engine.generation import TextGeneration
+from workers.ranks.engine.groups import TextInGroups
 from workers.ranks.engine.masks import MaskEncoder, MaskFilling
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.prompts import Encoder, PromptEncoder
@@ -56,7 +57,9 @@ def choose_computation(assignment: InferAssignment, loaded: LoadedModel) -> Comp
         case "reranking":
             return Reranking(loaded, top_n=spec.top_n)
         case "text2text" | "summarization":
-            return TextToText(loaded, cache_bytes=budget)
+            slots = loaded.cache_cost is not None and loaded.cache_cost.slots
+            way = TextToText if slots else TextInGroups
+            return way(loaded, cache_bytes=budget)
         case "text-generation":
             runner = choose_runner(loaded.model, loaded.slot_bytes_per_position)
             return TextGeneration(loaded, runner, budget)
