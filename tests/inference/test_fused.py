@@ -7,9 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from workers.ranks.engine.fused import FusedEncoder, fuse_encoder
+from workers.ranks.engine.fused import (
+    FusedEncoder,
+    first_alone,
+    fuse_encoder,
+    uses_first_alone,
+)
 from workers.ranks.engine.models import ModelCache
 from workers.ranks.engine.padding import pad_rows
 
@@ -62,6 +73,38 @@ def test_rows_of_any_lengths(family: str, act: str) -> None:
     # What was exchanged is not held twice.
     assert sum(p.numel() for p in model.parameters()) < weights / 2
     assert fuse_encoder(model) == 0
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
+def test_the_first_tokens_alone_are_what_they_are_among_all(family: str) -> None:
+    model = make(family)
+    assert fuse_encoder(model) == 3
+    for lengths, masked in ((LENGTHS, True), ([6] * 4, False)):
+        expected = hidden(model, lengths, masked=masked)
+        with first_alone(model):
+            ours = hidden(model, lengths, masked=masked)
+        for one, other in zip(expected, ours, strict=True):
+            torch.testing.assert_close(other[0], one[0], atol=1e-5, rtol=1e-5)
+            assert not other[1:].any()
+        again = hidden(model, lengths, masked=masked)
+        assert all(torch.equal(*pair) for pair in zip(expected, again, strict=True))
+    # A vector is that of the whole row: other tokens are seen in it.
+    assert not uses_first_alone(model)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "distilbert"])
+def test_a_classifier_looks_at_the_first_token(family: str) -> None:
+    torch.manual_seed(1)
+    sizes = DISTIL if family == "distilbert" else SIZES
+    config = AutoConfig.for_model(family, num_labels=3, **sizes)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    widen(model)
+    assert not uses_first_alone(model)
+    fuse_encoder(model)
+    assert uses_first_alone(model)
+    tagger = AutoModelForTokenClassification.from_config(config).eval()
+    fuse_encoder(tagger)
+    assert not uses_first_alone(tagger)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from workers.ranks.engine.fused import uses_first_alone
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.passes import Batch, SortedPasses
 
@@ -20,6 +21,7 @@ class Classification(SortedPasses):
         super().__init__(loaded)
         self._labels = label_names(loaded)
         self._scores_of = scores_of(loaded.model.config)
+        self.looks_at_first = uses_first_alone(loaded.model)
         self._top_k = min(top_k, len(self._labels))
 
     def read(self, batch: Batch) -> list[dict[str, Any] | None]:

@@ -32,6 +32,7 @@ class Embeddings(SortedPasses):
     def __init__(self, loaded: LoadedModel, *, options: Embedding) -> None:
         super().__init__(loaded)
         self._pooling = choose_pooling(Path(loaded.key.path), options)
+        self.looks_at_first = self._pooling == "cls"
         self._normalize = options.normalize
         self._encoding = options.encoding
 

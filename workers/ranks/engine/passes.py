@@ -18,6 +18,7 @@ from shared.rows import result, row_error
 from workers.ranks.engine.batching import plan_batches
 from workers.ranks.engine.computation import Answered, Step
 from workers.ranks.engine.device import is_out_of_memory, release_unused
+from workers.ranks.engine.fused import first_alone
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.padding import pad_rows
 from workers.ranks.engine.prompts import Prompt
@@ -56,6 +57,8 @@ class SortedPasses(ABC):
         self._device = loaded.key.device
         self._pad = loaded.pad_token
         self._most = None if loaded.batches else 1
+        self.looks_at_first = False
+        """Of what the encoder says of a row, the task uses the first token's alone."""
         self._max_tokens = BATCH_TOKENS[self._device.type]
         self._turns: Turns[Prompt] = Turns(lambda prompt: prompt.owner)
         self._batch_sizes: dict[str, int] = {}
@@ -161,11 +164,14 @@ class SortedPasses(ABC):
 
     def forward(self, batch: Batch) -> Any:
         """The model's output for a batch."""
-        pairs = {} if batch.types is None else {"token_type_ids": batch.types}
-        if not batch.padded:
-            # There is nothing to mask, and not every model takes a mask.
-            return self._model(input_ids=batch.ids, **pairs)
-        return self._model(input_ids=batch.ids, attention_mask=batch.mask, **pairs)
+        inputs = {"input_ids": batch.ids}
+        if batch.types is not None:
+            inputs["token_type_ids"] = batch.types
+        if batch.padded:
+            # Otherwise there is nothing to mask, and not every model takes a mask.
+            inputs["attention_mask"] = batch.mask
+        with first_alone(self._model, on=self.looks_at_first):
+            return self._model(**inputs)
 
     @torch.inference_mode()
     def _compute(self, prompts: list[Prompt]) -> Sequence[dict[str, Any] | None]:

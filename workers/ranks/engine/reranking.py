@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shared.rows import result, row_error
 from shared.specs import InferSpec
+from workers.ranks.engine.fused import uses_first_alone
 from workers.ranks.engine.inputs import Request, RowProblem
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.passes import Batch, SortedPasses
@@ -100,6 +101,7 @@ class Reranking(SortedPasses):
 
     def __init__(self, loaded: LoadedModel, *, top_n: int | None) -> None:
         super().__init__(loaded)
+        self.looks_at_first = uses_first_alone(loaded.model)
         self._top_n = top_n
         self._raw = scores_are_raw(loaded.model.config)
         self._takes_types = takes_types(loaded.model)
