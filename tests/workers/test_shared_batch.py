@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from shared.store import read
 from shared.tables import Lease, Shard
 from tests.stack import eventually
 from tests.training.harness import make_bert, make_rows, write_rows
-from tests.workers.fleet import ROOT, Fleet
+from tests.workers.fleet import Fleet
 
 ALL = 10**6
 
@@ -191,85 +187,6 @@ def test_a_rank_that_was_taken_for_lost_can_write_nothing(fleet: Fleet) -> None:
 
 def shards(fleet: Fleet, job_id: str) -> list[Shard]:
     return list(fleet.store.call(read.committed_shards, job_id, -1, 100_000))
-
-
-class SchedulerProcess:
-    """``python -m scheduler run``, which a test may kill."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._process = self._start()
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        with self._fleet.log("scheduler").open("ab") as out:
-            return subprocess.Popen(
-                [sys.executable, "-m", "scheduler", "run"],
-                cwd=ROOT, env=self._fleet.environment, stdout=out, stderr=out,
-            )  # fmt: skip
-
-    def kill(self) -> None:
-        self.close()
-        self._process = self._start()
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-
-
-SEEDS = [int(seed) for seed in os.environ.get("TEST_CHAOS_SEEDS", "1 2").split()]
-
-
-@pytest.mark.chaos
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", SEEDS)
-def test_every_row_once_whatever_is_killed(
-    new_fleet: Callable[..., Fleet], database: str, valkey_url: str, seed: int
-) -> None:
-    """1% of the rows are bad. An engine, a worker and the scheduler are killed at random moments."""
-    chance = random.Random(seed)
-    fleet = new_fleet(database, valkey_url)
-    scheduler = SchedulerProcess(fleet)
-    try:
-        fleet.start_host("one", "--devices=cpu:2", devices=2)
-        rows: list[Any] = prompts(1500)
-        bad = set(chance.sample(range(1500), 15))
-        for row in bad:
-            rows[row] = "no json"
-        job_id = fleet.infer(rows, "brisk", shard_rows=5, batch_size=4)
-        fleet.wait(job_id, "running", "succeeded", within=60)
-        killed: list[str] = []
-        for what in chance.sample(["engine", "engine", "worker", "scheduler"], 4):
-            # Spread over the job: the moment is that of a random row.
-            moment = chance.randrange(100, 300) * (len(killed) + 1)
-            eventually(lambda m=moment: len(fleet.begun(job_id)) >= m, 120)
-            if kill(fleet, scheduler, what, chance):
-                killed.append(what)
-        fleet.wait(job_id, "succeeded", within=200)
-    finally:
-        scheduler.close()
-    found = fleet.results(job_id)
-    assert [row["row"] for row in found] == list(range(1500))
-    assert {row["row"] for row in found if row["error"]} == bad
-    assert {row["error"]["code"] for row in found if row["error"]} <= {"invalid_json"}
-    again = len(fleet.begun(job_id)) - 1500
-    spec = fleet.job(job_id).spec
-    assert (spec["batch_size"], spec["shard_rows"]) == (4, 5)
-    # 10 ms a row: no engine has more than 10 shards of half a second.
-    assert again <= killed.count("engine") * 50 + killed.count("worker") * 50, killed
-
-
-def kill(fleet: Fleet, scheduler: SchedulerProcess, what: str, chance: random.Random) -> bool:
-    if what == "scheduler":
-        scheduler.kill()
-        return True
-    if what == "worker":
-        os.kill(fleet.worker_pid(chance.choice(["cpu0@one", "cpu1@one"])), signal.SIGKILL)
-        return True
-    engines = [pid for pid, name in fleet.processes().items() if name == "gpuyard-rank"]
-    with suppress(ProcessLookupError, IndexError):
-        os.kill(chance.choice(engines), signal.SIGKILL)
-        return True
-    return False
 
 
 @pytest.mark.slow
