@@ -37,6 +37,8 @@ reranking
 embeddings
     ``{"embedding": [...], "dimensions": n}``, to 8 decimals, of length 1 unless ``normalize`` is off. With
     ``encoding: base64`` the embedding is a string: base64 of its numbers as float32, little-endian.
+
+The output of a row that was too long and was split also has ``"windows"``, how many there were.
 """
 
 from __future__ import annotations

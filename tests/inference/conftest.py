@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from shared.messages import (
+    Alive,
     ComputeShards,
     DeviceHandle,
     Done,
@@ -238,6 +239,12 @@ class EngineProcess:
         return f"att_{self.attempts}"
 
     def receive(self) -> Report:
+        """What it reports next, beside signs of life."""
+        while isinstance(report := self.receive_any(), Alive):
+            pass
+        return report
+
+    def receive_any(self) -> Report:
         report = self.channel.receive(timeout=PATIENCE)
         assert report is not None, f"nothing in {PATIENCE} s; log:\n{self.log.read_text()}"
         return report
