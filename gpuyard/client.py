@@ -320,8 +320,8 @@ class Client:
         until: datetime | date | str | None = None,
         group: str | None = None,
     ) -> UsageReport:
-        """Devices, rows and tokens that were used from ``since`` to before ``until``; ``group`` is key
-        or day. Days and times without a zone are those of UTC."""
+        """Devices, rows and tokens that were used from ``since`` to before ``until``; ``group`` is key,
+        project or day. Days and times without a zone are those of UTC."""
         period = {
             name: value.isoformat() if isinstance(value, date) else value
             for name, value in (("since", since), ("until", until))
