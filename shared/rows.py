@@ -6,9 +6,10 @@ job is submitted (``scheduler/submission/converting.py``). A result is one objec
     {"row": 17, "id": <the row's own "id", if it has one>,
      "output": {...} | null,
      "error": {"code", "message"} | null,
-     "usage": {"input_tokens": n, "output_tokens": m}}
+     "usage": {"input_tokens": n, "output_tokens": m, "device_seconds": s}}
 
-Exactly one of ``output`` and ``error`` is null. ``output`` by task:
+Exactly one of ``output`` and ``error`` is null. ``device_seconds`` is the row's part of the steps that it was
+computed in (``workers/ranks/engine/costs.py``); it is not there where no step was. ``output`` by task:
 
 text-generation, text2text, summarization
     ``{"text", "finish_reason"}``; the reason is "stop" (an end token or a stop string) or "length".
