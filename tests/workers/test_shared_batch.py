@@ -61,6 +61,19 @@ def leased_rows(fleet: Fleet, job_id: str, ranks: int) -> int:
     return eventually(look, 60, lambda: fleet.story(job_id))
 
 
+def has_heard(fleet: Fleet, job_id: str, rank: int) -> None:
+    """Wait until the rank knows what was asked of it by now: it learns that when it renews its lease. Of two
+    renewals from now on the first is answered for certain, and read, when the second comes."""
+
+    def renewed() -> Any:
+        leases = fleet.store.call(read.list_leases, [fleet.attempts(job_id)[-1].id])
+        return next(lease.expires_at for lease in leases if lease.rank == rank)
+
+    for _ in range(2):
+        before = renewed()
+        eventually(lambda then=before: renewed() != then, 60, lambda: fleet.story(job_id))
+
+
 def told(fleet: Fleet, job_id: str) -> Counter[str]:
     return Counter(event.type for event in fleet.events(job_id))
 
@@ -106,6 +119,7 @@ def test_a_waiting_training_gets_a_device_back(fleet: Fleet) -> None:
     in_flight = leased_rows(fleet, job_id, 2)
     training = fleet.train("quick")
     asked = fleet.wait_for_event(job_id, "asked_back", within=60)
+    has_heard(fleet, job_id, asked.data["rank"])  # else it may lease rows behind the gate
     fleet.open_gate(job_id, in_flight)
     fleet.wait(training, "succeeded", within=60)
     left = fleet.wait_for_event(job_id, "rank_left")
@@ -132,6 +146,7 @@ def test_a_drained_host_leaves_the_job_to_the_others(
     in_flight = leased_rows(fleet, job_id, 2)
     fleet.hosts["two"].send_signal(signal.SIGTERM)
     eventually(lambda: fleet.devices("two", "draining"), 30, lambda: fleet.story(job_id))
+    has_heard(fleet, job_id, 1)
     fleet.open_gate(job_id, in_flight)
     assert fleet.hosts["two"].wait(60) == 0
     fleet.open_gate(job_id, ALL)
