@@ -18,15 +18,15 @@ from transformers import (
 from shared.rows import result, row_error
 from shared.specs import InferSpec
 from workers.ranks.engine.entities import find_entities
-from workers.ranks.engine.inputs import RowProblem
+from workers.ranks.engine.inputs import Request, RowProblem
 from workers.ranks.engine.parts import Parts
-from workers.ranks.engine.prompts import Prompt, Word
+from workers.ranks.engine.prompts import Prompt, PromptEncoder, Word
 from workers.ranks.engine.windows import MOST_WINDOWS, cut, frame_of, seams
 from workers.ranks.engine.word_windows import OVERLAP, cut_words
 
 from .test_reranking import make_reranker
 from .test_token_classification import plain
-from .tiny import TAGS, make_masked, make_t5, make_tagger, sentence, words
+from .tiny import TAGS, make_masked, make_t5, make_tagger, sentence, wordpiece, words
 
 SPLIT = {"too_long": "split"}
 EVEN = [(0, 50), (50, 100), (100, 150), (150, 200)]
@@ -312,3 +312,24 @@ def test_the_error_of_a_part_is_the_rows():
 def test_tasks_whose_rows_are_one_are_refused(task: str, word: str) -> None:
     with pytest.raises(ValueError, match=f"too_long 'split'.*{task}.*{word}.*truncate"):
         InferSpec.model_validate({"model": "m", "input": "x", "task": task, **SPLIT})
+
+
+def test_long_rows_of_a_shard_are_tokenised_one_after_the_other(tmp_path, monkeypatch):
+    """Together they would take gigabytes."""
+    wordpiece(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    spec = InferSpec.model_validate({"model": "m", "input": "x", "task": "embeddings", **SPLIT})
+    together: list[int] = []
+
+    class Told(PromptEncoder):
+        def _tokenise(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+            together.append(len(texts))
+            return super()._tokenise(texts, add_special_tokens)
+
+    monkeypatch.setattr("workers.ranks.engine.prompts.AT_ONCE", 100)
+    texts = ["the cat", "sat on", sentence(40), "a mat", "the " * 50, "birds", "sang"]
+    requests = [Request(row, None, text=text) for row, text in enumerate(texts)]
+    prompts, errors = Told(tokenizer, spec, 64).encode(requests)
+    assert (len(prompts), errors) == (7, [])
+    assert together == [2, 1, 1, 1, 2]
+    assert [list(prompt.ids) for prompt in prompts] == tokenizer(texts)["input_ids"]

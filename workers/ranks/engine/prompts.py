@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -15,6 +15,8 @@ from workers.ranks.engine.inputs import Request, RowProblem
 from workers.ranks.engine.windows import cut, frame_of, no_seams, seams
 
 DEFAULTS = Generation()
+AT_ONCE = 1 << 20
+"""Characters that are tokenised together: a tokenizer takes some 150 bytes for each while it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +134,15 @@ class PromptEncoder:
                 errors.append(row_error(request.row, problem.code, problem.message, id=request.id))
         # A rendered chat has its special tokens from the template already.
         for group, add_special_tokens in ((texts, True), (chats, False)):
-            encoded = self._tokenise([text for _, text in group], add_special_tokens)
-            for (request, text), ids in zip(group, encoded, strict=True):
-                try:
-                    prompts += self._prompts(request, text, ids)
-                except RowProblem as problem:
-                    errors.append(
-                        row_error(request.row, problem.code, problem.message, id=request.id)
-                    )
+            for some in _few(group):
+                encoded = self._tokenise([text for _, text in some], add_special_tokens)
+                for (request, text), ids in zip(some, encoded, strict=True):
+                    try:
+                        prompts += self._prompts(request, text, ids)
+                    except RowProblem as problem:
+                        errors.append(
+                            row_error(request.row, problem.code, problem.message, id=request.id)
+                        )
         return prompts, errors
 
     def _prepare(self, text: str) -> str:
@@ -222,3 +225,17 @@ class PromptEncoder:
         # The tokenizer cuts by itself, so that the closing special token stays.
         cut: list[int] = self._tokenizer(text, truncation=True, max_length=limit)["input_ids"]
         return cut
+
+
+def _few(group: Sequence[tuple[Request, str]]) -> Iterator[list[tuple[Request, str]]]:
+    """The group in pieces of so many characters, or of one text that has more."""
+    some: list[tuple[Request, str]] = []
+    size = 0
+    for request, text in group:
+        if some and size + len(text) > AT_ONCE:
+            yield some
+            some, size = [], 0
+        some.append((request, text))
+        size += len(text)
+    if some:
+        yield some
