@@ -32,7 +32,7 @@ from shared.store.retried import is_numbered, rows_up_to
 router = APIRouter(tags=["results"])
 _EXAMPLE = (
     '{"row":0,"id":null,"output":{"label":"person","score":0.97,"labels":[{"label":"person",'
-    '"score":0.97}]},"error":null,"usage":{"input_tokens":12,"output_tokens":0}}\n'
+    '"score":0.97}]},"error":null,"usage":{"input_tokens":12,"output_tokens":0,"device_seconds":0.0031}}\n'
 )
 _OUTPUTS = """`output` is, by task:
 
@@ -49,6 +49,8 @@ an entity is `{"label", "score", "start", "end", "text"}`, counted in words or i
 | `embeddings` | `{"embedding": […], "dimensions"}`; with `encoding: base64` the embedding is a string: \
 float32 numbers, little-endian |
 | `text-generation`, `text2text`, `summarization` | `{"text", "finish_reason"}`: `stop` or `length` |
+
+A row that was too long and was split (`too_long`) also has `windows`, how many there were.
 """
 
 
