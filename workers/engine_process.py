@@ -57,9 +57,12 @@ class Mailbox:
         with self._lock:
             # Of progress and signs of life only the newest matters: whoever cannot read for an hour finds one,
             # not thousands.
-            passing = isinstance(report, Progress | Alive)
-            if self._mail and passing and type(report) is type(self._mail[-1]):
-                self._mail.pop()
+            for place in (-1, -2):
+                if len(self._mail) < -place or not isinstance(self._mail[place], Progress | Alive):
+                    break
+                if type(self._mail[place]) is type(report):
+                    del self._mail[place]
+                    break
             self._mail.append(report)
             self._ring()
 

@@ -100,6 +100,26 @@ def test_a_row_over_which_engines_hang_fails_alone(
     assert "the engine hung" in fleet.wait_for_event(job_id, "engine_died").message
 
 
+def test_a_job_beside_the_one_that_hangs_loses_no_row(
+    new_fleet: Callable[..., Fleet], database: str, valkey_url: str
+) -> None:
+    """Both are in the engine when it is ended, and either may be to blame."""
+    fleet = new_fleet(database, valkey_url, engine_hang="1.5")
+    fleet.start_scheduler()
+    fleet.start_host("one")
+    beside = fleet.infer([{"prompt": f"row {n}"} for n in range(400)], "brisk", shard_rows=4)
+    fleet.wait(beside, "running", within=60)
+    bad = fleet.infer([{"prompt": "row 0"}, {"prompt": "hang"}], shard_rows=1)
+    for job_id in (bad, beside):
+        fleet.wait(job_id, "succeeded", within=150)
+    assert [row["error"] and row["error"]["code"] for row in fleet.results(bad)] == [
+        None,
+        "engine_died",
+    ]
+    found = fleet.results(beside)
+    assert [(row["row"], row["error"]) for row in found] == [(n, None) for n in range(400)]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_real_engine_hangs_over_a_row(
