@@ -127,20 +127,24 @@ def test_what_can_be_known_before_is_refused(
     assert says in f"{caught.value.message} {caught.value.hint}"
 
 
-def test_a_model_deleted_while_the_job_waits(stack: StackProcess, tiny_models: Path) -> None:
+def test_a_model_deleted_while_the_job_waits(
+    stack: StackProcess, tiny_models: Path, labelled: dict[str, Path]
+) -> None:
     """The job fails once it has its device, at the first attempt: another would find nothing either."""
     client = stack.client
     shutil.copytree(tiny_models / "tinyllama", tiny_models / "doomed")
     try:
-        # Both devices are held until the model is gone.
-        rows = [{"prompt": f"w{n}"} for n in range(2000)]
+        # A training shares its devices with nobody, and holds both until the model is gone.
         long = client.submit(
-            generation(rows=rows, generation={"max_new_tokens": 200}, priority=50)
-        ).id
+            {
+                "kind": "train", "task": "text-classification", "model": "tinybert",
+                "data": {"train": str(labelled["train"])}, "resources": {"devices": 2},
+                "hyperparameters": {"epochs": 10_000},
+            },
+            upload=True,
+        ).id  # fmt: skip
         eventually(
-            lambda: all(device.job_id == long for device in client.devices()),
-            within=60,
-            what="both devices to compute the long job",
+            lambda: client.job(long).state == "running", within=60, what="the training to run"
         )
         waiting = client.submit(generation(model="doomed", rows=[{"prompt": "w1"}])).id
         assert client.job(waiting).state == "queued"
