@@ -17,7 +17,7 @@ from gpuyard.transport import Transport
 from shared.errors import DataError, InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
-    from gpuyard.client import Client
+    from gpuyard.calls.outputs import OutputCalls
 
 _MAGIC = b"PAR1"
 """Begins and ends each Parquet file."""
@@ -28,9 +28,15 @@ def is_parquet(path: Path) -> bool:
 
 
 def download(
-    client: Client, transport: Transport, job_id: str, target: Path, *, follow: bool, order: Order
+    client: OutputCalls,
+    transport: Transport,
+    job_id: str,
+    target: Path,
+    *,
+    follow: bool,
+    order: Order,
 ) -> int:
-    """See ``Client.download_results``."""
+    """See ``OutputCalls.download_results``."""
     if not is_parquet(target):
         return _write_jsonl(client, job_id, target, follow=follow, order=order)
     if order != "input":
@@ -44,7 +50,9 @@ def download(
     return _fetch_parquet(transport, job_id, target)
 
 
-def _write_jsonl(client: Client, job_id: str, target: Path, *, follow: bool, order: Order) -> int:
+def _write_jsonl(
+    client: OutputCalls, job_id: str, target: Path, *, follow: bool, order: Order
+) -> int:
     count = 0
     with _appearing(target) as file:
         for row in client.results(job_id, follow=follow, order=order):

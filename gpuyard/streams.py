@@ -51,12 +51,15 @@ def follow(
         pauses.after(broken)
 
 
-def follow_rows(transport: Transport, job_id: str, follow: bool) -> Iterator[dict[str, Any]]:
-    """Result rows in input order, each once.
+def follow_results(
+    transport: Transport, job_id: str, follow: bool, order: Order
+) -> Iterator[dict[str, Any]]:
+    """Result rows in either order, each once.
 
     A stream that ends properly may still be short, since a service that stops ends its streams. So
     the rows are counted: there have to be as many as were committed when the first answer began
-    or, with ``follow``, when an answer began after the job was over.
+    or, with ``follow``, when an answer began after the job was over. A broken stream goes on, in input
+    order, behind the last row; as the order of completion never changes, there the count is the place.
 
     Raises:
         Unavailable: nothing arrived for as long as the transport is patient.
@@ -65,55 +68,25 @@ def follow_rows(transport: Transport, job_id: str, follow: bool) -> Iterator[dic
     path = f"/v1/jobs/{job_id}/results"
     last, count, promised = -1, 0, None
     while True:
-        params = {"after_row": last, "follow": str(follow).lower()}
+        place = {"after_row": last} if order == "input" else {"order": order, "skip": count}
         try:
-            with transport.stream(path, params=params) as answer:
+            with transport.stream(path, params={**place, "follow": str(follow).lower()}) as answer:
                 over = JobState(answer.headers["X-Job-State"]).terminal
                 if promised is None or follow:
                     promised = int(answer.headers["X-Rows-Done"])
                 for line in whole_lines(answer):
                     row = json.loads(line)
-                    if row["row"] > last:
-                        pauses.reset()
-                        last, count = row["row"], count + 1
-                        yield row
+                    if order == "input" and row["row"] <= last:
+                        continue
+                    pauses.reset()
+                    last, count = row["row"], count + 1
+                    yield row
             if count >= promised and (over or not follow):
                 return
             broken = Unavailable(f"the results of {job_id} broke off after {count} rows")
             if not over:
                 # The job ended, or the service restarts, and the next answer says which. A healthy
                 # stream that ends costs no patience.
-                pauses.reset()
-        except Unavailable as error:
-            broken = error
-        pauses.after(broken)
-
-
-def follow_completion(transport: Transport, job_id: str, follow: bool) -> Iterator[dict[str, Any]]:
-    """Result rows in the order of completion, each once. Counted as in ``follow_rows``; as the order never
-    changes, the count is also the place where a broken stream goes on.
-
-    Raises:
-        Unavailable: nothing arrived for as long as the transport is patient.
-    """
-    pauses = transport.pauses()
-    path = f"/v1/jobs/{job_id}/results"
-    count, promised = 0, None
-    while True:
-        params = {"order": "completion", "skip": count, "follow": str(follow).lower()}
-        try:
-            with transport.stream(path, params=params) as answer:
-                over = JobState(answer.headers["X-Job-State"]).terminal
-                if promised is None or follow:
-                    promised = int(answer.headers["X-Rows-Done"])
-                for line in whole_lines(answer):
-                    pauses.reset()
-                    count += 1
-                    yield json.loads(line)
-            if count >= promised and (over or not follow):
-                return
-            broken = Unavailable(f"the results of {job_id} broke off after {count} rows")
-            if not over:
                 pauses.reset()
         except Unavailable as error:
             broken = error

@@ -17,6 +17,7 @@ from shared.errors import GpuyardError, NotFound
 from shared.settings import Settings, load_settings
 from shared.store import Store
 from shared.store.keys import create_key, list_keys, revoke_key
+from shared.tables.submission import DEFAULT_PROJECT
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The server side of gpuyard.")
 keys = typer.Typer(no_args_is_help=True, help="API keys. A key is shown once, when it is made.")
@@ -66,22 +67,26 @@ def migrate() -> None:
 @keys.command("create")
 def create(
     name: Annotated[str, typer.Option(help="Whose key it is.")],
+    project: Annotated[
+        str, typer.Option(help="What its jobs count for, in `gpuyard usage --by project`.")
+    ] = DEFAULT_PROJECT,
     as_json: AsJson = False,
 ) -> None:
     """Make a key and print it, once."""
     store = _ready_store(load_settings())
-    id, key = store.call(create_key, name)
+    id, key = store.call(create_key, name, project)
     print(json.dumps({"id": id, "key": key}) if as_json else f"{id}  {key}")
 
 
 @keys.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """List keys: names and times, never the keys."""
+    """List keys: names, projects and times, never the keys."""
     store = _ready_store(load_settings())
     rows = [
         {
             "id": row.id,
             "name": row.name,
+            "project": row.project,
             "created_at": row.created_at.isoformat(),
             "revoked_at": row.revoked_at.isoformat() if row.revoked_at else None,
         }
@@ -91,7 +96,8 @@ def list_(as_json: AsJson = False) -> None:
         print(json.dumps(rows))
         return
     for row in rows:
-        print(f"{row['id']}  {row['name']}  {row['created_at']}  {row['revoked_at'] or 'valid'}")
+        valid = row["revoked_at"] or "valid"
+        print(f"{row['id']}  {row['name']}  {row['project']}  {row['created_at']}  {valid}")
 
 
 @keys.command("revoke")

@@ -280,6 +280,17 @@ class Progress(Message):
     """To the end, evaluations included. None: nobody has said."""
 
 
+EngineWork = Literal["loading", "reading", "computing"]
+
+
+class Alive(Message):
+    """Of an engine, by a thread of its own: what it does, and for how many seconds the same step."""
+
+    type: Literal["alive"] = "alive"
+    work: EngineWork
+    seconds: float
+
+
 class Metric(Message):
     """Values of one split at one step, kept for good: ``{"loss": ..., "accuracy": ...}``."""
 
@@ -367,6 +378,7 @@ Report = (
     Listening
     | Ready
     | Progress
+    | Alive
     | Metric
     | CheckpointWritten
     | ArtifactWritten

@@ -59,6 +59,7 @@ def columns_of(task: str) -> dict[str, pa.DataType]:
         "error_message": pa.string(),
         "input_tokens": pa.int64(),
         "output_tokens": pa.int64(),
+        "device_seconds": pa.float64(),
     }
 
 

@@ -60,12 +60,13 @@ def decide(policy: Retry, ends: Sequence[End], less: LessAtOnce | None = None) -
     User and data errors, cancellation and deadlines are final. A training that ran out of memory goes
     on at once with ``less``, and that costs no try: each time it is half at most, so it comes to an end.
     Where there is nothing less, out of memory is tried once more, in case something else held the
-    memory; not after smaller ones were tried. Everything else is tried again until ``max_attempts``;
-    preemptions and unclaimed attempts count for nothing.
+    memory; not after smaller ones were tried. Everything else is tried again until ``max_attempts`` have
+    failed in a row; preemptions and unclaimed attempts count for nothing. The row ends with an attempt that
+    brought the job on, and a failure of that one is a first one: a run of weeks may lose as many hosts as it
+    likes as long as it gets further between, and comes to an end because it does.
 
-    The first failure is followed at once: what broke by chance does not break again. Failures in a row
-    wait, twice as long with each, so that a job that breaks wherever it goes does not spin. The row
-    ends with an attempt that brought the job on, and a failure of that one is a first one. Memory that
+    The first failure is followed at once: what broke by chance does not break again. More in a row
+    wait, twice as long with each, so that a job that breaks wherever it goes does not spin. Memory that
     something else holds always gets the wait.
     """
     newest = ends[-1].failure_class
@@ -75,22 +76,15 @@ def decide(policy: Retry, ends: Sequence[End], less: LessAtOnce | None = None) -
         return TryAgain(0.0, f"{newest}: costs no try")
     if newest is FailureClass.OUT_OF_MEMORY and less is not None:
         return TryAgain(0.0, f"{newest} {_how(less)}; costs no try", less.micro_batch)
-    failures = [end.failure_class for end in ends]
-    if failures.count(FailureClass.OUT_OF_MEMORY) >= MAX_OUT_OF_MEMORY and (
-        newest is FailureClass.OUT_OF_MEMORY
-    ):
+    row = _row(ends)
+    if newest is FailureClass.OUT_OF_MEMORY and row.of(newest) >= MAX_OUT_OF_MEMORY:
         return GiveUp(f"{newest}: it ran out of memory {MAX_OUT_OF_MEMORY} times or more")
-    costs = _costs_a_try(ends)
-    counted = sum(costs)
-    if counted >= policy.max_attempts:
-        return GiveUp(f"{newest}: all {policy.max_attempts} attempts are used up")
-    failed = f"{newest}: attempt {counted} of {policy.max_attempts} failed"
-    in_a_row = _in_a_row(ends, costs)
-    if in_a_row > 1:
-        failed += f", {in_a_row} in a row"
-    elif counted > 1:
-        failed += ", the first since the job got further"
-    waits = max(in_a_row - 1, int(newest is FailureClass.OUT_OF_MEMORY))
+    if row.failures >= policy.max_attempts:
+        return GiveUp(f"{newest}: all {policy.max_attempts} attempts{row.since} are used up")
+    failed = f"{newest}: failure {row.failures} of {policy.max_attempts} in a row"
+    if row.failures == 1 and row.since:
+        failed = f"{newest}: the first failure{row.since}"
+    waits = max(row.failures - 1, int(newest is FailureClass.OUT_OF_MEMORY))
     if waits == 0:
         return TryAgain(0.0, failed)
     return TryAgain(min(policy.backoff_seconds * 2 ** min(waits - 1, 30), MAX_BACKOFF), failed)
@@ -114,11 +108,22 @@ def _costs_a_try(ends: Sequence[End]) -> list[bool]:
     ]
 
 
-def _in_a_row(ends: Sequence[End], costs: Sequence[bool]) -> int:
-    """The failures since the job last got further, that of the attempt that brought it on included."""
-    failures = 0
-    for end, costly in zip(reversed(ends), reversed(costs), strict=True):
-        failures += costly
-        if end.progressed:
-            break
-    return failures
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """The ends since the job last got further, that of the attempt that brought it on included."""
+
+    ends: Sequence[End]
+    failures: int
+    """Those that cost a try."""
+
+    def of(self, failure_class: FailureClass) -> int:
+        return sum(end.failure_class is failure_class for end in self.ends)
+
+    @property
+    def since(self) -> str:
+        return " since the job got further" if self.ends[0].progressed else ""
+
+
+def _row(ends: Sequence[End]) -> _Row:
+    first = max((at for at, end in enumerate(ends) if end.progressed), default=0)
+    return _Row(ends[first:], sum(_costs_a_try(ends)[first:]))

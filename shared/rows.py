@@ -6,9 +6,10 @@ job is submitted (``scheduler/submission/converting.py``). A result is one objec
     {"row": 17, "id": <the row's own "id", if it has one>,
      "output": {...} | null,
      "error": {"code", "message"} | null,
-     "usage": {"input_tokens": n, "output_tokens": m}}
+     "usage": {"input_tokens": n, "output_tokens": m, "device_seconds": s}}
 
-Exactly one of ``output`` and ``error`` is null. ``output`` by task:
+Exactly one of ``output`` and ``error`` is null. ``device_seconds`` is the row's part of the steps that it was
+computed in (``workers/ranks/engine/costs.py``); it is not there where no step was. ``output`` by task:
 
 text-generation, text2text, summarization
     ``{"text", "finish_reason"}``; the reason is "stop" (an end token or a stop string) or "length".
@@ -37,6 +38,8 @@ reranking
 embeddings
     ``{"embedding": [...], "dimensions": n}``, to 8 decimals, of length 1 unless ``normalize`` is off. With
     ``encoding: base64`` the embedding is a string: base64 of its numbers as float32, little-endian.
+
+The output of a row that was too long and was split also has ``"windows"``, how many there were.
 """
 
 from __future__ import annotations

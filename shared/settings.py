@@ -68,6 +68,9 @@ class Settings(BaseSettings):
     """A rank of a training that gives no sign of life for so long, while others wait for it, hangs; so
     does one that is alive and takes so long for its part of a step, and many times as long as usual.
     The attempt then ends and is tried again. 0: none is ever taken to hang (to stop one in a debugger)."""
+    engine_hang: float = Field(600, ge=0)
+    """An engine of batch jobs that takes so long for one step (three times as long to load a model) hangs: it is
+    ended, and its rows are computed again as after a crash. 0: none is ever taken to hang."""
     rank_host: str | None = None
     """Address of this host for the ranks of a gang on several hosts; by default the one from which
     it reaches the broker."""

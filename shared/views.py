@@ -266,11 +266,13 @@ class WorkerView(View):
 
 
 class UsageView(View):
-    """What was used in a period: by the jobs of a key, on a day, or in all."""
+    """What was used in a period: by the jobs of a key or project, on a day, or in all."""
 
     key: str | None = None
     """Of a group by key: its id; None where jobs were submitted without one."""
     key_name: str | None = None
+    project: str | None = None
+    """Of a group by project, or that of the key."""
     day: date | None = None
     jobs: int
     """Submitted in the period."""

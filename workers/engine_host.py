@@ -160,9 +160,9 @@ class EngineUse:
         ended = self._process.ended
         return None if ended is None else ended.exit
 
-    def end(self, grace: float) -> Exit:
-        """End the engine, for all who use it."""
-        return self._process.end(grace).exit
+    def end(self, grace: float, *, on_purpose: bool = True) -> Exit:
+        """End the engine, for all who use it. Not ``on_purpose``: it hangs, and what it computes may be why."""
+        return self._process.end(grace, on_purpose=on_purpose).exit
 
     @property
     def shared(self) -> bool:

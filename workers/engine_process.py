@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel
 
-from shared.messages import Progress, Report
+from shared.messages import Alive, Progress, Report
 from workers.channel import ChannelClosed, ProtocolError
 from workers.launch import Exit, RankProcess
 
@@ -55,9 +55,14 @@ class Mailbox:
 
     def put(self, report: Report) -> None:
         with self._lock:
-            # Of progress only the newest matters: whoever cannot read for an hour finds one, not thousands.
-            if self._mail and isinstance(report, Progress) and isinstance(self._mail[-1], Progress):
-                self._mail.pop()
+            # Of progress and signs of life only the newest matters: whoever cannot read for an hour finds one,
+            # not thousands.
+            for place in (-1, -2):
+                if len(self._mail) < -place or not isinstance(self._mail[place], Progress | Alive):
+                    break
+                if type(self._mail[place]) is type(report):
+                    del self._mail[place]
+                    break
             self._mail.append(report)
             self._ring()
 
@@ -98,6 +103,7 @@ class EngineProcess:
         self._mailboxes: dict[str, Mailbox] = {}
         self._busy: set[str] = set()
         self._grace: float | None = None
+        self._on_purpose = False
         self._asked = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._over = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._finished = threading.Event()
@@ -138,11 +144,11 @@ class EngineProcess:
         """Readable once the engine has ended."""
         return self._over
 
-    def end(self, grace: float) -> Ended:
+    def end(self, grace: float, *, on_purpose: bool = True) -> Ended:
         """End the engine with its whole tree; returns once no process of it lives."""
         with self._lock:
             if self._grace is None:
-                self._grace = grace
+                self._grace, self._on_purpose = grace, on_purpose
         os.eventfd_write(self._asked, 1)
         self._finished.wait()
         assert self.ended is not None  # noqa: S101 - finished
@@ -159,7 +165,7 @@ class EngineProcess:
             while self._read():
                 pass
         with self._lock:
-            self.ended = Ended(exit, self._grace is not None, len(self._busy) > 1)
+            self.ended = Ended(exit, self._on_purpose, len(self._busy) > 1)
             for mailbox in self._mailboxes.values():
                 mailbox.end()
         self._process.close()

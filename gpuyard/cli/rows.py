@@ -11,8 +11,8 @@ import typer
 from gpuyard.cli import specs
 from gpuyard.cli.command import Interrupted, command
 from gpuyard.cli.session import Session, write
+from gpuyard.cli.submitted import IdempotencyKey, Wait, tell
 from gpuyard.cli.transfers import JobArgument
-from gpuyard.cli.watch import watch
 from gpuyard.errors import JobFailed
 from gpuyard.streams import Order
 from shared.lifecycle import JobState
@@ -80,12 +80,8 @@ def retry(
             help="Another value for a field of the spec; null takes it away. Repeatable.",
         ),
     ] = None,
-    wait: Annotated[
-        bool, typer.Option("--wait", "-w", help="Follow it to its end; exit 1 unless it succeeds.")
-    ] = False,
-    idempotency_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="A repeat with it gives the first job.")
-    ] = None,
+    wait: Wait = False,
+    idempotency_key: IdempotencyKey = None,
 ) -> None:
     """Submit a job that is over once more, and print the id of the new one.
 
@@ -97,12 +93,5 @@ def retry(
     again = session.client.retry(
         job, failed=failed, changes=changes, idempotency_key=idempotency_key
     )
-    if wait:
-        session.say(again.id, "bold")
-        watch(session, again.id)
-    elif session.json:
-        session.emit(again)
-    else:
-        write(again.id + "\n")
-        rows = f"{again.rows_total} rows, " if failed else ""
-        session.say(f"{rows}{again.state}; follow it with: gpuyard watch {again.id}", "dim")
+    rows = f"{again.rows_total} rows, " if failed else ""
+    tell(session, again, wait=wait, about=rows)

@@ -11,9 +11,9 @@ import typer
 
 from gpuyard.cli import specs
 from gpuyard.cli.command import command
-from gpuyard.cli.session import Session, write
+from gpuyard.cli.session import Session
+from gpuyard.cli.submitted import IdempotencyKey, Wait, tell
 from gpuyard.cli.transfers import transfer_bar
-from gpuyard.cli.watch import watch
 from gpuyard.references import local_file, named_files
 from shared.errors import DataError, InvalidRequest, PathNotAllowed
 
@@ -85,12 +85,8 @@ def submit(
     fail_fast: Annotated[
         bool, _where("Refuse what the fleet of now cannot run.", "--fail-fast")
     ] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait", "-w", help="Follow it to its end; exit 1 unless it succeeds.")
-    ] = False,
-    idempotency_key: Annotated[
-        str | None, typer.Option(metavar="KEY", help="A repeat with it gives the first job.")
-    ] = None,
+    wait: Wait = False,
+    idempotency_key: IdempotencyKey = None,
     upload: Annotated[
         bool, typer.Option(help="Upload the files that exist here, unless the service has them.")
     ] = True,
@@ -149,14 +145,7 @@ def submit(
             )
         except (DataError, PathNotAllowed) as error:
             raise _not_here_either(error, wanted, bases) from None
-    if wait:
-        session.say(job.id, "bold")
-        watch(session, job.id)
-    elif session.json:
-        session.emit(job)
-    else:
-        write(job.id + "\n")
-        session.say(f"{job.state}; follow it with: gpuyard watch {job.id}", "dim")
+    tell(session, job, wait=wait)
 
 
 def _not_here_either(

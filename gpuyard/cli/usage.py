@@ -1,4 +1,4 @@
-"""The command ``usage``: what was used of devices, and rows and tokens, by API key or by day."""
+"""The command ``usage``: what was used of devices, and rows and tokens, by API key, project or day."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ def usage(
         str | None, typer.Option(metavar="TIME", help="To before then; else to now.")
     ] = None,
     by: Annotated[
-        Literal["key", "day"] | None, typer.Option(help="key or day; else all in one.")
+        Literal["key", "project", "day"] | None,
+        typer.Option(help="key, project or day; else all in one."),
     ] = None,
 ) -> None:
-    """Show device time, rows and tokens that were used, by API key or by day."""
+    """Show device time, rows and tokens that were used, by API key, project or day."""
     found = session.client.usage(since=since, until=until, group=by)
     if session.json:
         session.emit(found)

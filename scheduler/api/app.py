@@ -53,7 +53,7 @@ _TAGS = [
     {"name": "artifacts", "description": "Checkpoints and deliverables."},
     {"name": "models", "description": "Names and versions of what training jobs made."},
     {"name": "files", "description": "Uploads that specs can name."},
-    {"name": "usage", "description": "Device time, rows and tokens, by API key or by day."},
+    {"name": "usage", "description": "Device time, rows and tokens, by API key, project or day."},
     {"name": "fleet", "description": "Devices and workers."},
     {"name": "health", "description": "For monitors; needs no key."},
 ]

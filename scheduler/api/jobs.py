@@ -24,6 +24,7 @@ from shared.store import read
 from shared.store.cancel import cancel_job
 from shared.store.ledger import row_totals
 from shared.store.usage import device_seconds
+from shared.tables import Job
 from shared.views import EventView, JobDetail, JobView, LogView, MetricView, Page
 
 router = APIRouter(tags=["jobs"])
@@ -35,7 +36,21 @@ Format = Annotated[
 LastEventId = Annotated[
     str | None, Header(description="What browsers and SSE clients send when they reconnect.")
 ]
+IdempotencyKey = Annotated[
+    str | None, Header(description="Makes a repeat of the request return the first job.")
+]
 _SSE = {"text/event-stream": {"example": examples.EVENT_STREAM}}
+
+
+SUBMITTED: dict[int | str, dict[str, Any]] = {
+    201: {"description": "Accepted.", **examples.JOB_ANSWER},
+    200: {
+        "model": JobDetail,
+        "description": "The idempotency key was used: its job.",
+        **examples.JOB_ANSWER,
+    },
+}
+"""What is answered where a job is submitted."""
 
 
 @router.post(
@@ -43,15 +58,7 @@ _SSE = {"text/event-stream": {"example": examples.EVENT_STREAM}}
     status_code=201,
     response_model=JobDetail,
     summary="Submit a job",
-    responses={
-        201: {"description": "Accepted.", **examples.JOB_ANSWER},
-        200: {
-            "model": JobDetail,
-            "description": "The idempotency key was used: its job.",
-            **examples.JOB_ANSWER,
-        },
-        **responses(400, 403, 409, 413),
-    },
+    responses={**SUBMITTED, **responses(400, 403, 409, 413)},
     openapi_extra={"requestBody": examples.JOB_BODY},
 )
 async def create_job(
@@ -59,10 +66,7 @@ async def create_job(
     response: Response,
     caller: CallerDep,
     context: ContextDep,
-    idempotency_key: Annotated[
-        str | None,
-        Header(description="Makes a repeat of the request return the first job."),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> JobDetail:
     """All of the spec is checked, model and data included, before the job is accepted.
 
@@ -72,6 +76,11 @@ async def create_job(
     job, created = await run_in_threadpool(
         submit, context.store, context.settings, raw, idempotency_key, caller.key_id
     )
+    return await submitted(context, response, job, created)
+
+
+async def submitted(context: Context, response: Response, job: Job, created: bool) -> JobDetail:
+    """The answer where a job is submitted, or was by an earlier request."""
     response.status_code = 201 if created else 200
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return await run_in_threadpool(context.store.call, detail_of, job.id)

@@ -1,4 +1,4 @@
-"""Rows of a batch job as they come, and as one Parquet file.
+"""Rows of a batch job in both orders as they are committed, and as one Parquet file.
 
 Parquet is made here and not by the client: pyarrow is installed where files are read, which the client
 does without.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from sqlmodel import Session
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
@@ -19,11 +20,14 @@ from scheduler.api.streams import PING, wait
 from shared.errors import InvalidRequest, Unavailable
 from shared.lifecycle import JobState
 from shared.rows import renumber, unpack_results
+from shared.store.read import committed_shards
 from shared.store.results import Completed, behind_rows, shards_by_completion, shards_by_row
 from shared.store.retried import numbers_of
 from shared.tables import Shard
 
 PARQUET = "application/vnd.apache.parquet"
+AT_ONCE = 4
+"""Shards held in memory at a time, in input order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +73,90 @@ def refuse_contradiction(format: str, order: str, after_row: int, skip: int, fol
         )
 
 
-async def rows_as_they_come(reading: Reading, skip: int, follow: bool) -> AsyncIterator[bytes]:
-    """Results in the order of completion, without the first ``skip``; with ``follow`` until the job is
-    over. A blank line now and then keeps the connection alive."""
+class Place(Protocol):
+    """Where in an order the reader of results is."""
+
+    def following(self, session: Session, over: bool) -> list[Shard]:
+        """The next shards, if any may be delivered; ``over``: there will be no others."""
+
+    def take(self, shard: Shard) -> bytes:
+        """What is delivered of the next shard; the place is behind it then."""
+
+
+class InputOrder:
+    """See :class:`Place`.
+
+    Args:
+        after_row: the last row that the reader has.
+        gapless: only what has no gap before it, which may still be filled.
+    """
+
+    def __init__(self, reading: Reading, after_row: int, *, gapless: bool) -> None:
+        self._reading = reading
+        self._after_row = after_row
+        self._gapless = gapless
+
+    def following(self, session: Session, over: bool) -> list[Shard]:
+        after_row = self._after_row
+        shards = list(committed_shards(session, self._reading.job_id, after_row, AT_ONCE))
+        if not self._gapless or over:
+            return shards
+        whole: list[Shard] = []
+        for shard in shards:
+            if shard.first_row > after_row + 1:
+                break
+            whole.append(shard)
+            after_row = shard.first_row + shard.rows - 1
+        return whole
+
+    def take(self, shard: Shard) -> bytes:
+        skipped = max(0, self._after_row + 1 - shard.first_row)
+        self._after_row = shard.first_row + shard.rows - 1
+        return self._reading.lines(shard, skipped)
+
+
+class CompletionOrder:
+    """See :class:`Place`.
+
+    Args:
+        skip: as many rows as the reader has.
+    """
+
+    def __init__(self, reading: Reading, skip: int) -> None:
+        self._reading = reading
+        self._skip = skip
+        self._begun = False
+        self._after: Completed | None = None
+
+    def following(self, session: Session, over: bool) -> list[Shard]:  # noqa: ARG002
+        if not self._begun:
+            self._after, self._skip = behind_rows(session, self._reading.job_id, self._skip)
+            self._begun = True
+        return list(shards_by_completion(session, self._reading.job_id, self._after))
+
+    def take(self, shard: Shard) -> bytes:
+        assert shard.committed_at is not None  # noqa: S101 - it was selected by that
+        self._after = Completed(shard.committed_at, shard.first_row)
+        skipped, self._skip = self._skip, 0
+        return self._reading.lines(shard, skipped)
+
+
+async def deliver(reading: Reading, place: Place, follow: bool) -> AsyncIterator[bytes]:
+    """Results from a place on; with ``follow`` until the job is over. A blank line now and then keeps the
+    connection alive."""
     context, job_id = reading.context, reading.job_id
-    store = context.store
-    after, skipped = await run_in_threadpool(store.call, behind_rows, job_id, skip)
     sent_at = time.monotonic()
     with context.wakeups.subscribe(job_id) as woken:
         while not context.wakeups.closing:
             woken.clear()
             try:
-                over, shards = await run_in_threadpool(store.call, _next, job_id, after)
+                over, shards = await run_in_threadpool(context.store.call, _next, job_id, place)
             except Unavailable:
                 if not follow:
                     raise
                 over, shards = False, []
             for shard in shards:
-                assert shard.committed_at is not None  # noqa: S101 - it was selected by that
-                after = Completed(shard.committed_at, shard.first_row)
-                yield await run_in_threadpool(reading.lines, shard, skipped)
-                skipped = 0
+                yield await run_in_threadpool(place.take, shard)
                 sent_at = time.monotonic()
             if shards:
                 continue
@@ -101,11 +168,11 @@ async def rows_as_they_come(reading: Reading, skip: int, follow: bool) -> AsyncI
             await wait(woken)
 
 
-def _next(session: Session, job_id: str, after: Completed | None) -> tuple[bool, list[Shard]]:
-    """(whether the job is over, shards behind ``after``). The state is read first: if it is terminal,
-    the shards are all there will be."""
+def _next(session: Session, job_id: str, place: Place) -> tuple[bool, list[Shard]]:
+    """(whether the job is over, shards from the place on). The state is read first: if it is terminal, the
+    shards are all there will be."""
     over = JobState(find_job(session, job_id).state).terminal
-    return over, list(shards_by_completion(session, job_id, after))
+    return over, place.following(session, over)
 
 
 def parquet_file(reading: Reading, task: str) -> AsyncIterator[bytes]:

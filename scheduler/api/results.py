@@ -1,10 +1,8 @@
-"""Rows of a batch job, in input order, out of its committed shards; other orders and files are in
+"""The results of a batch job, out of its committed shards: what may be asked for. How they are delivered is in
 ``result_orders.py``."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -18,25 +16,23 @@ from scheduler.api.errors import responses
 from scheduler.api.lookup import JobId, find_job
 from scheduler.api.result_orders import (
     PARQUET,
+    CompletionOrder,
+    InputOrder,
+    Place,
     Reading,
+    deliver,
     parquet_file,
     refuse_contradiction,
-    rows_as_they_come,
 )
-from scheduler.api.streams import PING, wait
-from shared.errors import InvalidRequest, Unavailable
+from shared.errors import InvalidRequest
 from shared.lifecycle import JobState
-from shared.store import read
 from shared.store.ledger import row_totals
 from shared.store.retried import is_numbered, rows_up_to
-from shared.tables import Shard
 
 router = APIRouter(tags=["results"])
-_AT_ONCE = 4
-"""Shards held in memory at a time."""
 _EXAMPLE = (
     '{"row":0,"id":null,"output":{"label":"person","score":0.97,"labels":[{"label":"person",'
-    '"score":0.97}]},"error":null,"usage":{"input_tokens":12,"output_tokens":0}}\n'
+    '"score":0.97}]},"error":null,"usage":{"input_tokens":12,"output_tokens":0,"device_seconds":0.0031}}\n'
 )
 _OUTPUTS = """`output` is, by task:
 
@@ -53,6 +49,8 @@ an entity is `{"label", "score", "start", "end", "text"}`, counted in words or i
 | `embeddings` | `{"embedding": […], "dimensions"}`; with `encoding: base64` the embedding is a string: \
 float32 numbers, little-endian |
 | `text-generation`, `text2text`, `summarization` | `{"text", "finish_reason"}`: `stop` or `length` |
+
+A row that was too long and was split (`too_long`) also has `windows`, how many there were.
 """
 
 
@@ -136,10 +134,10 @@ async def get_results(
         headers["Content-Disposition"] = f'attachment; filename="{job_id}.parquet"'
         body = parquet_file(reading, start.task)
         return StreamingResponse(body, media_type=PARQUET, headers=headers)
+    place: Place = InputOrder(reading, start.after_row, gapless=follow)
     if order == "completion":
-        body = rows_as_they_come(reading, skip, follow)
-    else:
-        body = _rows(reading, start.after_row, follow)
+        place = CompletionOrder(reading, skip)
+    body = deliver(reading, place, follow)
     return StreamingResponse(body, media_type="application/x-ndjson", headers=headers)
 
 
@@ -167,49 +165,3 @@ def _begin(session: Session, job_id: str, after_row: int) -> _Start:
         after_row = rows_up_to(session, job_id, after_row) - 1
     totals = row_totals(session, job_id)
     return _Start(JobState(job.state), job.task, totals, numbered, after_row)
-
-
-def _next(session: Session, job_id: str, after_row: int, follow: bool) -> tuple[bool, list[Shard]]:
-    """(whether the job is over, shards with rows beyond ``after_row``). The state is read first: if it is
-    terminal, the shards are all there will be."""
-    over = JobState(find_job(session, job_id).state).terminal
-    shards = list(read.committed_shards(session, job_id, after_row, _AT_ONCE))
-    if not follow or over:
-        return over, shards
-    # While the job runs a gap may still be filled: nothing is delivered past it.
-    whole: list[Shard] = []
-    for shard in shards:
-        if shard.first_row > after_row + 1:
-            break
-        whole.append(shard)
-        after_row = shard.first_row + shard.rows - 1
-    return over, whole
-
-
-async def _rows(reading: Reading, after_row: int, follow: bool) -> AsyncIterator[bytes]:
-    context, job_id = reading.context, reading.job_id
-    sent_at = time.monotonic()
-    with context.wakeups.subscribe(job_id) as woken:
-        while not context.wakeups.closing:
-            woken.clear()
-            try:
-                over, shards = await run_in_threadpool(
-                    context.store.call, _next, job_id, after_row, follow
-                )
-            except Unavailable:
-                if not follow:
-                    raise
-                over, shards = False, []
-            for shard in shards:
-                skipped = max(0, after_row + 1 - shard.first_row)
-                yield await run_in_threadpool(reading.lines, shard, skipped)
-                after_row = shard.first_row + shard.rows - 1
-                sent_at = time.monotonic()
-            if shards:
-                continue
-            if over or not follow:
-                return
-            if time.monotonic() - sent_at > PING:
-                yield b"\n"
-                sent_at = time.monotonic()
-            await wait(woken)

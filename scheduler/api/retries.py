@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from scheduler.api import examples
 from scheduler.api.auth import CallerDep
 from scheduler.api.context import ContextDep
 from scheduler.api.errors import responses
-from scheduler.api.jobs import detail_of
+from scheduler.api.jobs import SUBMITTED, IdempotencyKey, submitted
 from scheduler.api.lookup import JobId, find_job
 from scheduler.submission import retry
 from shared.views import JobDetail
@@ -40,15 +39,7 @@ class RetryBody(BaseModel):
     status_code=201,
     response_model=JobDetail,
     summary="Run a job again",
-    responses={
-        201: {"description": "A new job.", **examples.JOB_ANSWER},
-        200: {
-            "model": JobDetail,
-            "description": "The idempotency key was used: its job.",
-            **examples.JOB_ANSWER,
-        },
-        **responses(403, 404, 409),
-    },
+    responses={**SUBMITTED, **responses(403, 404, 409)},
 )
 async def retry_job(
     job_id: JobId,
@@ -56,10 +47,7 @@ async def retry_job(
     caller: CallerDep,
     context: ContextDep,
     body: RetryBody | None = None,
-    idempotency_key: Annotated[
-        str | None,
-        Header(description="Makes a repeat of the request return the first job."),
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> JobDetail:
     """A new job of the same spec, with changes; its `retry_of` names the one that it runs again. Both
     that one and its results stay as they are.
@@ -79,6 +67,4 @@ async def retry_job(
         idempotency_key=idempotency_key,
         created_by=caller.key_id,
     )
-    response.status_code = 201 if created else 200
-    response.headers["Location"] = f"/v1/jobs/{job.id}"
-    return await run_in_threadpool(context.store.call, detail_of, job.id)
+    return await submitted(context, response, job, created)

@@ -1,4 +1,4 @@
-"""What was used, by API key or by day."""
+"""What was used, by API key, project or day."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from sqlmodel import Session, func, select
 from scheduler.api.context import ContextDep
 from shared.errors import InvalidRequest
 from shared.store.keys import list_keys
-from shared.store.usage import Group, Used, usage
+from shared.store.usage import Group, Used, total, usage
+from shared.tables import ApiKey
+from shared.tables.submission import DEFAULT_PROJECT
 from shared.views import UsageReport, UsageView
 
 router = APIRouter(tags=["usage"])
@@ -37,8 +39,9 @@ def get_usage(
 
     `device_seconds` counts each device from the moment a rank of a job claimed it until it was free
     again, whatever came of it; of that the part which lies in the period. Rows and tokens are those of
-    batch jobs that were committed in the period, `jobs` those that were submitted in it. Days are
-    those of UTC. The items add up to `total`.
+    batch jobs that were committed in the period, `jobs` those that were submitted in it. A job is of
+    the project of its API key (`default`, where it has none). Days are those of UTC. The items add up to
+    `total`.
     """
     now = context.store.call(_now)
     begin = _BEGINNING if since is None else _moment(since, "since")
@@ -48,10 +51,10 @@ def get_usage(
             "since is after until", param="since", hint=f"It is {now.isoformat()} now."
         )
     found = context.store.call(usage, begin, end, now, group)
-    names = {key.id: key.name for key in context.store.call(list_keys)} if group == "key" else {}
-    items = [_view(used, group, names.get(used.name)) for used in found]
+    keys = {key.id: key for key in context.store.call(list_keys)} if group == "key" else {}
+    items = [_view(used, group, keys.get(used.name)) for used in found]
     return UsageReport(
-        since=begin, until=end, group=group, items=items, total=_view(_sum(found), None, None)
+        since=begin, until=end, group=group, items=items, total=_view(total("", found), None, None)
     )
 
 
@@ -72,10 +75,12 @@ def _moment(text: str, param: str) -> datetime:
         ) from None
 
 
-def _view(used: Used, group: Group | None, key_name: str | None) -> UsageView:
+def _view(used: Used, group: Group | None, key: ApiKey | None) -> UsageView:
+    project = key.project if key is not None else DEFAULT_PROJECT
     return UsageView(
         key=used.name or None if group == "key" else None,
-        key_name=key_name,
+        key_name=key.name if key is not None else None,
+        project={"key": project, "project": used.name}.get(group or ""),
         day=date.fromisoformat(used.name) if group == "day" else None,
         jobs=used.jobs,
         device_seconds=used.device_seconds,
@@ -83,16 +88,4 @@ def _view(used: Used, group: Group | None, key_name: str | None) -> UsageView:
         row_errors=used.row_errors,
         input_tokens=used.input_tokens,
         output_tokens=used.output_tokens,
-    )
-
-
-def _sum(found: list[Used]) -> Used:
-    return Used(
-        "",
-        jobs=sum(used.jobs for used in found),
-        device_seconds=round(sum(used.device_seconds for used in found), 6),
-        rows=sum(used.rows for used in found),
-        row_errors=sum(used.row_errors for used in found),
-        input_tokens=sum(used.input_tokens for used in found),
-        output_tokens=sum(used.output_tokens for used in found),
     )

@@ -135,8 +135,9 @@ class Retry(Strict):
         4,
         ge=1,
         le=100,
-        description="What costs none: preemption, and memory that ran out in a training that goes on with "
-        "fewer rows at once.",
+        description="Failures in a row that a job may have, at most: an attempt that made a further checkpoint "
+        "or gave results begins a new row. What costs none: preemption, and memory that ran out in a training "
+        "that goes on with fewer rows at once.",
     )
     backoff_seconds: float = Field(
         2.0,

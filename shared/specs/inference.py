@@ -139,6 +139,16 @@ OPTIONS_OF_A_TASK: dict[str, str] = {
 """Options that one task of batch jobs alone has."""
 
 
+NEVER_SPLIT: dict[Task, str] = {
+    "text-generation": "the end of a prompt would be continued without its beginning",
+    "text2text": "what a text asks for at its beginning would be missing in all windows but the first",
+    "fill-mask": "a mask would lose the text around it that decides what fills it",
+    "scoring": "how likely a token is depends on all of the text before it",
+    "reranking": "the scores of a document's parts are not the score of the document",
+}
+"""Tasks of which a row is computed as one, and why."""
+
+
 class InferSpec(JobFields):
     """Run a model over the rows of a file (or inline rows) and keep every answer."""
 
@@ -184,7 +194,12 @@ class InferSpec(JobFields):
     batch_size: int = Field(64, ge=1, le=4096, description="Rows computed together, at most.")
     shard_rows: int = Field(64, ge=1, le=100_000, description="Rows committed together.")
     max_length: int | None = Field(None, ge=4, description="Tokens of input a row may have.")
-    too_long: Literal["error", "truncate"] = "error"
+    too_long: Literal["error", "truncate", "split"] = Field(
+        "error",
+        description="What becomes of a row with more tokens than the model or max_length allows. split: it "
+        "is computed in windows, and its answer put together; for text-classification, "
+        "token-classification, embeddings and summarization.",
+    )
     max_errors: int | None = Field(
         None, ge=0, description="Fails the job when more rows than this fail; none: never."
     )
@@ -204,6 +219,10 @@ class InferSpec(JobFields):
         if self.sampling.json_schema is not None and self.task != "text-generation":
             raise ValueError(
                 f"generation.schema applies to task 'text-generation' alone, not to '{self.task}'"
+            )
+        if self.too_long == "split" and (why := NEVER_SPLIT.get(self.task)) is not None:
+            raise ValueError(
+                f"too_long 'split' does not apply to task '{self.task}': {why}; use error or truncate"
             )
         if self.embedding is not None and self.task != "embeddings":
             raise ValueError(f"embedding options do not apply to task '{self.task}'")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psycopg
-from sqlalchemy import ColumnElement, create_engine, func, make_url, text
+from sqlalchemy import ColumnElement, create_engine, event, func, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlmodel import Session
@@ -49,6 +49,10 @@ _CONNECT_ARGS: dict[str, Any] = {
     "tcp_user_timeout": 30_000,
 }
 
+_IDLE_SECONDS = 20
+"""A process that is stopped or frozen inside a transaction keeps its locks; Postgres ends such a transaction
+after so long, and whoever waits goes on. Ours do nothing slow inside."""
+
 
 class Store:
     """One per process. Threads share it; each call has a connection of its own."""
@@ -63,6 +67,7 @@ class Store:
             pool_timeout=30,
             connect_args=_CONNECT_ARGS,
         )
+        event.listen(self.engine, "connect", _limit_idle_transactions)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -167,6 +172,13 @@ class Listener:
             self._connection = None
 
 
+def _limit_idle_transactions(connection: Any, _: object) -> None:
+    # Not by connection options: those of a DATABASE_URL would be lost.
+    with connection.cursor() as cursor:
+        cursor.execute(f"SET idle_in_transaction_session_timeout = '{_IDLE_SECONDS}s'")
+    connection.commit()
+
+
 def _unreachable() -> Unavailable:
     return Unavailable(
         "the job store (Postgres) cannot be reached",
@@ -178,7 +190,7 @@ def is_connection_loss(error: DBAPIError) -> bool:
     """Whether Postgres was out of reach, as against refusing what was asked of it."""
     state = getattr(error.orig, "sqlstate", None)
     lost = isinstance(error, (OperationalError, InterfaceError)) or error.connection_invalidated
-    return lost and (state is None or state.startswith(("08", "57P", "53")))
+    return lost and (state is None or state.startswith(("08", "57P", "53", "25P03")))
 
 
 def wake(session: Session, channel: str, payload: str = "") -> None:

@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import hashlib
+import re
 
 from sqlalchemy import update
 from sqlmodel import Session, col, select
 
 from shared import ids
+from shared.errors import InvalidRequest
 from shared.store.engine import db_now
 from shared.tables import ApiKey, File
+from shared.tables.submission import DEFAULT_PROJECT
+
+_PROJECT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def _digest(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
 
 
-def create_key(session: Session, name: str) -> tuple[str, str]:
-    """(id, key). The key is shown this once; only its hash is kept."""
+def create_key(session: Session, name: str, project: str = DEFAULT_PROJECT) -> tuple[str, str]:
+    """(id, key). The key is shown this once; only its hash is kept.
+
+    Raises:
+        InvalidRequest: ``project`` is no name.
+    """
+    if not _PROJECT.fullmatch(project):
+        raise InvalidRequest(
+            f"'{project[:80]}' is no name of a project",
+            param="project",
+            hint="1 to 64 letters, digits, '.', '_' and '-', a letter or digit first.",
+        )
     key, id = ids.new_secret(), ids.new_id(ids.KEY)
-    session.add(ApiKey(id=id, name=name, sha256=_digest(key)))
+    session.add(ApiKey(id=id, name=name, project=project, sha256=_digest(key)))
     return id, key
 
 

@@ -2,12 +2,14 @@
 
 A device is used from the moment a rank claims it until its lease is released; where that is not yet, until
 now. Of that a period has the part which lies in it; of rows and tokens what was committed in it; of jobs
-what was submitted in it. Days are those of UTC. Everything is added up in exact microseconds, so the days
-of a period, or its keys, add up to the whole.
+what was submitted in it. A job is of the project of the key that it was submitted with. Days are those of UTC.
+Everything is added up in exact microseconds, so the days of a period, its keys, or its projects, add up to the
+whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -15,12 +17,18 @@ from typing import Any, Literal
 from sqlalchemy import text
 from sqlmodel import Session
 
-Group = Literal["key", "day"]
+from shared.store.keys import list_keys
+from shared.tables.submission import DEFAULT_PROJECT
+
+Group = Literal["key", "project", "day"]
+_Parted = Literal["key", "day"]
+"""By what Postgres adds up; what the keys of a project used is added up from there."""
 
 
 @dataclass(slots=True)
 class Used:
-    """``name``: the id of a key ("" where none was asked for), a day (2026-11-24), or "" for all."""
+    """``name``: the id of a key ("" where none was asked for), a project, a day (2026-11-24), or "" for
+    all."""
 
     name: str
     jobs: int = 0
@@ -44,7 +52,7 @@ _HELD = (
 )
 _DAY = "to_char({} AT TIME ZONE 'UTC', 'YYYY-MM-DD')"
 # What a group is called: of a lease or the part of one on a day, of a shard, of a job.
-_NAMES: dict[Group | None, tuple[str, str, str]] = {
+_NAMES: dict[_Parted | None, tuple[str, str, str]] = {
     None: ("''", "''", "''"),
     "key": ("created_by", "j.created_by", "j.created_by"),
     "day": (_DAY.format("day"), _DAY.format("s.committed_at"), _DAY.format("j.created_at")),
@@ -68,6 +76,32 @@ def usage(
     session: Session, since: datetime, until: datetime, now: datetime, group: Group | None = None
 ) -> list[Used]:
     """What was used from ``since`` to before ``until``, by name; a group without anything is left out."""
+    if group != "project":
+        return _usage(session, since, until, now, group)
+    projects = {key.id: key.project for key in list_keys(session)}
+    found: dict[str, Used] = {}
+    for used in _usage(session, since, until, now, "key"):
+        name = projects.get(used.name, DEFAULT_PROJECT)
+        found[name] = total(name, [found[name], used] if name in found else [used])
+    return [found[name] for name in sorted(found)]
+
+
+def total(name: str, parts: Sequence[Used]) -> Used:
+    """What several groups used together."""
+    return Used(
+        name,
+        jobs=sum(used.jobs for used in parts),
+        device_seconds=round(sum(used.device_seconds for used in parts), 6),
+        rows=sum(used.rows for used in parts),
+        row_errors=sum(used.row_errors for used in parts),
+        input_tokens=sum(used.input_tokens for used in parts),
+        output_tokens=sum(used.output_tokens for used in parts),
+    )
+
+
+def _usage(
+    session: Session, since: datetime, until: datetime, now: datetime, group: _Parted | None
+) -> list[Used]:
     of_lease, of_shard, of_job = _NAMES[group]
     held = _PIECES if group == "day" else _HELD
     queries = (

@@ -19,6 +19,9 @@ from shared.tables.base import (
     time_column,
 )
 
+DEFAULT_PROJECT = "default"
+"""Of keys that are made without one, and of jobs without a key."""
+
 
 class ApiKey(Table, table=True):
     """Keys are 192 random bits, so one SHA-256 is a sound hash; the key itself is never stored."""
@@ -26,6 +29,10 @@ class ApiKey(Table, table=True):
     __tablename__ = "api_keys"
     id: str = Field(sa_column=text_column(primary_key=True))
     name: str = Field(sa_column=text_column())
+    project: str = Field(
+        default=DEFAULT_PROJECT, sa_column=text_column(server_default=DEFAULT_PROJECT)
+    )
+    """What its jobs count for; for good."""
     sha256: str = Field(sa_column=text_column(unique=True))
     created_at: datetime = Field(default=None, sa_column=time_column(nullable=False, now=True))
     revoked_at: datetime | None = Field(default=None, sa_column=time_column())

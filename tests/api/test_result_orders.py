@@ -86,6 +86,7 @@ def test_a_parquet_file_has_what_the_rows_have(
         "error_message": None,
         "input_tokens": 3,
         "output_tokens": 0,
+        "device_seconds": None,
     }
     assert (rows[6]["label"], rows[6]["error_code"]) == (None, "missing_column")
     assert rows[6]["error_message"] == "no column 'text'"

@@ -72,7 +72,7 @@ def test_a_silent_stream_is_kept_alive(
     client: httpx.Client, fleet: FakeFleet, infer_spec: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("scheduler.api.streams.POLL", 0.05)
-    monkeypatch.setattr("scheduler.api.results.PING", 0.2)
+    monkeypatch.setattr("scheduler.api.result_orders.PING", 0.2)
     job = submit(client, infer_spec(4))["id"]
     with client.stream("GET", f"/v1/jobs/{job}/results", params={"follow": True}) as stream:
         rows = stream.iter_lines()

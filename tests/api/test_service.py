@@ -159,11 +159,15 @@ def test_keys_are_made_listed_and_revoked_on_the_command_line(
     database: str, tmp_data: Path
 ) -> None:
     made = json.loads(
-        command(database, tmp_data, "keys", "create", "--name", "me", "--json").stdout
+        command(
+            database, tmp_data, "keys", "create", "--name", "me", "--project", "x-1", "--json"
+        ).stdout
     )
     assert made["key"].startswith("gy_")
     listed = command(database, tmp_data, "keys", "list", "--json")
-    assert [(k["id"], k["name"]) for k in json.loads(listed.stdout)] == [(made["id"], "me")]
+    assert [(k["id"], k["name"], k["project"]) for k in json.loads(listed.stdout)] == [
+        (made["id"], "me", "x-1")
+    ]
     assert made["key"] not in listed.stdout
     assert command(database, tmp_data, "keys", "revoke", made["id"]).returncode == 0
     again = command(database, tmp_data, "keys", "revoke", made["id"])

@@ -11,10 +11,12 @@ import pytest
 from sqlalchemy import text
 from sqlmodel import Session
 
+from shared.errors import InvalidRequest
 from shared.lifecycle import FailureClass
+from shared.settings import Settings
 from shared.store import Store
 from shared.store.keys import create_key
-from tests.api.conftest import Api, error_of, submit
+from tests.api.conftest import Api, error_of, running, submit
 from tests.api.fake_worker import FakeFleet
 
 Spec = Callable[..., dict[str, Any]]
@@ -68,11 +70,12 @@ def test_usage_is_what_the_jobs_say(
     api: Api, client: httpx.Client, fleet: FakeFleet, infer_spec: Spec, train_spec: Spec
 ) -> None:
     fleet.add_device("cpu1@fake")
-    other_id, other_key = api.store.call(create_key, "others")
-    with api.client(other_key) as others:
+    other_id, other_key = api.store.call(create_key, "others", "elsewhere")
+    third_id, third_key = api.store.call(create_key, "third", "elsewhere")
+    with api.client(other_key) as others, api.client(third_key) as third:
         first = submit(client, infer_spec(10))["id"]
         second = submit(others, infer_spec(30))["id"]
-        gang = submit(others, train_spec(resources={"devices": 2}))["id"]
+        gang = submit(third, train_spec(resources={"devices": 2}))["id"]
         waits = submit(client, infer_spec(4))["id"]
     (holder,) = fleet.start(first)
     for index in range(3):
@@ -105,10 +108,21 @@ def test_usage_is_what_the_jobs_say(
 
     by_key = usage(client, group="key")
     found = {item["key"]: item for item in by_key["items"]}
-    assert set(found) == {api.key_id, other_id}
+    assert set(found) == {api.key_id, other_id, third_id}
     assert found[other_id]["key_name"] == "others"
-    for key, ids in ((api.key_id, (first, waits)), (other_id, (second, gang))):
+    assert {key: item["project"] for key, item in found.items()} == {
+        api.key_id: "default",
+        other_id: "elsewhere",
+        third_id: "elsewhere",
+    }
+    for key, ids in ((api.key_id, (first, waits)), (other_id, (second,)), (third_id, (gang,))):
         assert {name: found[key][name] for name in expected()} == expected(*ids)
+    by_project = usage(client, group="project")
+    projects = {item["project"]: item for item in by_project["items"]}
+    assert set(projects) == {"default", "elsewhere"}
+    for project, ids in (("default", (first, waits)), ("elsewhere", (second, gang))):
+        assert {name: projects[project][name] for name in expected()} == expected(*ids)
+    assert by_project["total"] == by_key["total"]
     assert {name: by_key["total"][name] for name in expected()} == expected(*jobs)
     whole = usage(client)
     assert {name: whole["total"][name] for name in expected()} == expected(*jobs)
@@ -166,8 +180,26 @@ def test_periods_that_are_none(client: httpx.Client) -> None:
     assert error_of(answer, 422, "invalid_request")["param"] == "since"
     answer = client.get("/v1/usage", params={"since": "yesterday"})
     assert error_of(answer, 422, "invalid_request")["param"] == "since"
-    answer = client.get("/v1/usage", params={"group": "project"})
+    answer = client.get("/v1/usage", params={"group": "team"})
     assert error_of(answer, 422, "invalid_request")["param"] == "group"
     nothing = usage(client, group="key")
     assert nothing["items"] == []
     assert {name: nothing["total"][name] for name in COUNTS} == dict.fromkeys(COUNTS, 0)
+
+
+def test_jobs_without_a_key_are_of_the_default_project(
+    database: str, make_settings: Callable[..., Settings], store: Store, infer_spec: Spec
+) -> None:
+    with running(make_settings(database, auth=False), store) as api, api.client() as client:
+        submit(client, infer_spec(3))
+        [item] = usage(client, group="project")["items"]
+        assert (item["project"], item["jobs"], item["key"]) == ("default", 1, None)
+        [item] = usage(client, group="key")["items"]
+        assert (item["project"], item["key"]) == ("default", None)
+
+
+@pytest.mark.parametrize("project", ["", "-x", "a b", "x" * 65, "a/b"])
+def test_names_that_are_none(store: Store, project: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        store.call(create_key, "me", project)
+    assert caught.value.param == "project"

@@ -162,6 +162,8 @@ def test_usage_by_key_and_day(api: Api, sdk: Client, cli: Cli, job: str) -> None
     said = cli("usage", "--by", "key")
     assert said.code == 0, said
     assert [line.split()[0] for line in said.out.splitlines()] == ["KEY", "tests", "all"]
+    by_project = cli("usage", "--by", "project").out.splitlines()
+    assert [line.split()[0] for line in by_project] == ["PROJECT", "default", "all"]
     assert json.loads(cli("usage", "--json", "--by", "day").out)["total"]["rows"] == 12
     assert [line.split()[0] for line in cli("usage").out.splitlines()][-1] == "all"
     assert cli("usage", "--since", "yesterday").code == 2

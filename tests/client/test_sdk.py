@@ -136,7 +136,7 @@ def test_files_beside_the_spec_are_found(sdk: Client, train_spec: Spec, tmp_path
 def test_lists_are_paged_as_they_are_read(
     sdk: Client, infer_spec: Spec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gpuyard.client.PAGE", 2)
+    monkeypatch.setattr("gpuyard.calls.base.PAGE", 2)
     made = [sdk.submit(infer_spec(1, name="even" if i % 2 == 0 else "odd")).id for i in range(5)]
     assert [job.id for job in sdk.jobs()] == made[::-1]
     assert [job.id for job in sdk.jobs(name="even")] == made[::-2]

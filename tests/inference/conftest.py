@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from shared.messages import (
+    Alive,
     ComputeShards,
     DeviceHandle,
     Done,
@@ -231,6 +232,8 @@ class EngineProcess:
         theirs.close()
         self.channel: Channel[Report] = Channel(ours, FromRank)
         self.attempts = 0
+        self.seconds: dict[tuple[str, int], float | None] = {}
+        """What each row of an attempt took of the device; None: it was not computed."""
 
     @property
     def attempt_id(self) -> str:
@@ -238,8 +241,19 @@ class EngineProcess:
         return f"att_{self.attempts}"
 
     def receive(self) -> Report:
+        """What it reports next, beside signs of life."""
+        while isinstance(report := self.receive_any(), Alive):
+            pass
+        return report
+
+    def receive_any(self) -> Report:
         report = self.channel.receive(timeout=PATIENCE)
         assert report is not None, f"nothing in {PATIENCE} s; log:\n{self.log.read_text()}"
+        if isinstance(report, ShardComputed):
+            # No two runs have the same: kept beside what tests compare.
+            for row in report.results:
+                seconds = row["usage"].pop("device_seconds", None)
+                self.seconds[report.attempt_id, row["row"]] = seconds
         return report
 
     def assign(self, model: Path, input_path: Path, **fields: Any) -> Report:

@@ -102,6 +102,29 @@ def test_what_costs_no_try_ends_a_row_only_with_progress() -> None:
     assert delays([LOST, LOST, preempted_further, LOST, LOST]) == [0, 2, 0, 0, 2]
 
 
+def test_only_failures_in_a_row_without_progress_use_up_the_tries() -> None:
+    policy = Retry(max_attempts=2)
+    assert isinstance(decide(policy, [LOST_FURTHER] * 50), TryAgain)
+    assert isinstance(decide(policy, [LOST, *[LOST_FURTHER] * 5]), TryAgain)
+    ended = decide(policy, [LOST_FURTHER, LOST_FURTHER, LOST])
+    assert isinstance(ended, GiveUp)
+    assert "all 2 attempts since the job got further are used up" in ended.reason
+    assert isinstance(decide(Retry(max_attempts=1), [LOST_FURTHER]), GiveUp)
+    # Memory that ran out a week ago is no second time; twice at one place is.
+    full = End(FailureClass.OUT_OF_MEMORY)
+    assert isinstance(decide(policy, [full, LOST_FURTHER]), TryAgain)
+    further = End(FailureClass.OUT_OF_MEMORY, progressed=True)
+    assert isinstance(decide(policy, [full, further]), TryAgain)
+    assert isinstance(decide(Retry(max_attempts=9), [further, full]), GiveUp)
+
+
+@given(policy=policies, failures=histories)
+def test_tries_are_used_up_by_the_row_alone(policy: Retry, failures: list[End]) -> None:
+    """What was before the attempt that last brought the job on changes nothing."""
+    first = max((n for n, end in enumerate(failures) if end.progressed), default=0)
+    assert decide(policy, failures) == decide(policy, failures[first:])
+
+
 def test_memory_that_something_else_holds_gets_a_wait_at_once() -> None:
     assert delays([End(FailureClass.OUT_OF_MEMORY)]) == [2]
     assert delays([LOST, LOST, End(FailureClass.OUT_OF_MEMORY)])[-1] == 4

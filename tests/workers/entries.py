@@ -216,7 +216,8 @@ def engine(channel: Rank) -> int:
     """An engine that writes rows back in capitals, of several jobs in turn. ``slow``: 50 ms a row.
     ``die_once``: is killed in the third shard, the first time. ``stuck``: takes no orders. ``brisk``: 10 ms a
     row. ``gated``: computes the rows that the test opens the gate for. ``die_loading``: before it is ready. A
-    row "abort" aborts the process, and "break" makes it fail as the real one does, whatever the job is called."""
+    row "abort" aborts the process, "break" makes it fail as the real one does, "hang" and "stop" that it gets no
+    further, whatever the job is called."""
     jobs: dict[str, InferAssignment] = {}
     orders: dict[str, deque[Shard]] = {}
     done: Counter[str] = Counter()
@@ -302,6 +303,10 @@ def _compute(channel: Rank, job: InferAssignment, shard: Shard) -> None:
             text = json.loads(line)["prompt"].upper()
             if text == "ABORT":
                 os.abort()
+            if text == "HANG":
+                time.sleep(1000)
+            if text == "STOP":
+                os.kill(os.getpid(), signal.SIGSTOP)
             if text == "BREAK":
                 raise RuntimeError("it broke")
         except ValueError:

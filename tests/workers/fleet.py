@@ -198,8 +198,10 @@ class Fleet:
             {"train": ResolvedInput(path=str(self.data / "train.jsonl"), size=1)},
         )
 
-    def infer(self, rows: Sequence[Any], name: str = "echo", **spec: Any) -> str:
-        """Submit a batch over these rows; a string is a raw line."""
+    def infer(
+        self, rows: Sequence[Any], name: str = "echo", model: Path | None = None, **spec: Any
+    ) -> str:
+        """Submit a batch over these rows; a string is a raw line. ``model``: for real engines."""
         path = self.data / f"{new_job_id()}.jsonl"
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
         path.write_text("".join(line + "\n" for line in lines))
@@ -207,6 +209,7 @@ class Fleet:
             {"kind": "infer", "task": "text-generation", "name": name, "input": "x", **spec},
             {"input": ResolvedInput(path=str(path), size=path.stat().st_size)},
             path,
+            **({} if model is None else {"model": str(model)}),
         )
 
     def submit(

@@ -106,6 +106,12 @@ class ShardFeed:
         """The engine has something to compute."""
         return bool(self._in_flight)
 
+    @property
+    def expects(self) -> bool:
+        """The engine is wanted for something: to load the model, to compute, or to say that it is done."""
+        loading = self.begun and self._ready_at is None
+        return loading or self.in_flight or self._stopped
+
     def begin(self) -> None:
         """Feed another engine from now on, once it has the model."""
         self.begun, self._ready_at, self._nothing_at = False, None, None

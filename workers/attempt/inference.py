@@ -15,6 +15,7 @@ from shared.resolved import Resolved
 from shared.specs import InferSpec
 from shared.store.claim import Claimed
 from workers.attempt.feed import ShardFeed
+from workers.attempt.hang import HangWatch
 from workers.attempt.inbox import Inbox
 from workers.attempt.insist import Insistent
 from workers.attempt.outcome import (
@@ -86,8 +87,16 @@ def _serve(
     attempt_id = claimed.holder.attempt_id
     oom = OomWatch()
     feed.begin()
-    watch = Watch(engine, attempt_id, inbox, reporter, deadline, feed.take, feed.order_more)
+    hang = HangWatch(site.settings.engine_hang, time.monotonic())
+    watch = Watch(
+        engine, attempt_id, inbox, reporter, deadline, feed.take, feed.order_more,
+        hang, lambda: feed.expects,
+    )  # fmt: skip
     end = watch.until_end()
+    if watch.hung and isinstance(end, Failed):
+        # For all who use it: as with any death, each of them may have the row that is to blame.
+        engine.end(grace=0, on_purpose=False)
+        return _Died(end, blames=True)
     if isinstance(end, Exit):
         rest = watch.read_rest()
         ended = engine.ended

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.messages import (
+    Alive,
     ArtifactWritten,
     CheckpointWritten,
     Done,
@@ -82,7 +83,7 @@ class ReportWriter:
             case ShardComputed():
                 seconds = report.seconds
                 return call(commit_shard, holder, report.index, report.results, seconds)
-            case Done() | Failed() | Measured():
+            case Alive() | Done() | Failed() | Measured():
                 raise AssertionError(f"'{report.type}' is not written for an attempt")
 
     def append_log(self, text: str) -> bool:

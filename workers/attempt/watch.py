@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable
 
 from shared.lifecycle import FailureClass
-from shared.messages import Done, Failed, Report
+from shared.messages import Alive, Done, Failed, Report
+from workers.attempt.hang import HangWatch, Hung
 from workers.attempt.inbox import Inbox
 from workers.attempt.outcome import Finished, Outcome, failed
 from workers.attempt.reporter import Reporter
@@ -37,7 +38,11 @@ class Watch:
         deadline: float | None,
         on_report: Callable[[Report], None],
         on_change: Callable[[], float | None],
+        hang: HangWatch | None = None,
+        expects: Callable[[], bool] = lambda: False,
     ) -> None:
+        """``hang``: whether the process hangs is judged while ``expects`` says that something is wanted of
+        it."""
         self._process = process
         self._attempt_id = attempt_id
         self._inbox = inbox
@@ -45,7 +50,11 @@ class Watch:
         self._deadline = deadline
         self._on_report = on_report
         self._on_change = on_change
+        self._hang = hang
+        self._expects = expects
         self._closed_at: float | None = None
+        self.hung = False
+        """Whether the end is that the process hangs; it still has to be ended."""
         self.said_so = False
         """Whether the process itself said how its work ended."""
 
@@ -69,6 +78,9 @@ class Watch:
                 )
             if self._closed_at is not None and time.monotonic() - self._closed_at > CLOSED_PATIENCE:
                 return self._process.end(grace=0)
+            if (hung := self._judge()) is not None:
+                self.hung = True
+                return hung.failure()
             self._wait(self._on_change())
 
     def read_rest(self) -> Outcome | None:
@@ -88,9 +100,21 @@ class Watch:
                 continue
             if report is None:
                 return None
+            if self._hang is not None:
+                self._hang.hear(report, time.monotonic())
+            if isinstance(report, Alive):
+                continue
             if (said := self._said(report)) is not None:
                 return said
         return None
+
+    def _judge(self) -> Hung | None:
+        if self._hang is None:
+            return None
+        if not self._expects() or self._reporter.full or self._closed_at is not None:
+            self._hang.excuse(time.monotonic())
+            return None
+        return self._hang.judge(time.monotonic())
 
     def _said(self, report: Report) -> Outcome | None:
         # An engine may still speak of the attempt before.
@@ -123,6 +147,8 @@ class Watch:
         until = [now + (60.0 if again is None else again)]
         if self._deadline is not None:
             until.append(self._deadline)
+        if self._hang is not None and (due := self._hang.due_in(now)) is not None:
+            until.append(now + due)
         if self._closed_at is not None:
             until.append(self._closed_at + CLOSED_PATIENCE)
         poll.poll(max(0.0, min(until) - now) * 1000 + 1)

@@ -13,6 +13,8 @@ import torch
 from shared.errors import DataError
 from shared.messages import InferAssignment, Progress, Shard, ShardComputed, mark
 from shared.rows import read_lines, row_error
+from shared.specs import GENERATIVE
+from workers.ranks.engine.costs import Costs
 from workers.ranks.engine.device import peak_bytes, reset_peak
 from workers.ranks.engine.inputs import Request, RowProblem, read_request
 from workers.ranks.engine.pace import Pace
@@ -60,6 +62,10 @@ class Attempt:
         self._input_tokens = 0
         self._output_tokens = 0
         self._busy_seconds = 0.0
+        self._costs = Costs()
+        writes = assignment.spec.task in GENERATIVE
+        self._counted = "output_tokens" if writes else "input_tokens"
+        """The tokens of a row that its steps count."""
         reset_peak(self._loaded.key.device)
 
     @property
@@ -94,6 +100,10 @@ class Attempt:
         shards that were completed by it."""
         self.pace.count(0, tokens)
         self._busy_seconds += seconds
+        self._costs.spend(tokens, seconds)
+        for result in results:
+            used = result["usage"]
+            used["device_seconds"] = round(self._costs.charge(used[self._counted]), 6)
         return self._record(results)
 
     def progress(self) -> Progress:

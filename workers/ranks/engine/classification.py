@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,13 @@ from transformers import PreTrainedConfig
 
 from workers.ranks.engine.fused import uses_first_alone
 from workers.ranks.engine.models import LoadedModel
+from workers.ranks.engine.parts import Piece
 from workers.ranks.engine.passes import Batch, SortedPasses
+from workers.ranks.engine.prompts import Prompt
 
 
 class Classification(SortedPasses):
-    """The ``top_k`` best labels of a text."""
+    """The ``top_k`` best labels of a text; of one in windows, by the mean of its tokens' scores."""
 
     def __init__(self, loaded: LoadedModel, *, top_k: int) -> None:
         super().__init__(loaded)
@@ -26,11 +29,23 @@ class Classification(SortedPasses):
 
     def read(self, batch: Batch) -> list[dict[str, Any] | None]:
         logits = self.forward(batch).logits.float()
-        return [self._output(scores) for scores in self._scores_of(logits).tolist()]
+        rows = zip(batch.prompts, self._scores_of(logits).tolist(), strict=True)
+        return [self._found(prompt, scores) for prompt, scores in rows]
 
-    def _output(self, scores: list[float]) -> dict[str, Any] | None:
+    def unite(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        weights = [len(piece.prompt.ids) for piece in pieces]
+        by_label = zip(*(piece.output["scores"] for piece in pieces), strict=True)
+        scores = [
+            math.fsum(map(operator.mul, of_label, weights)) / sum(weights) for of_label in by_label
+        ]
+        return {**self._output(scores), "windows": len(pieces)}
+
+    def _found(self, prompt: Prompt, scores: list[float]) -> dict[str, Any] | None:
         if not all(map(math.isfinite, scores)):
             return None
+        return self._output(scores) if prompt.parts is None else {"scores": scores}
+
+    def _output(self, scores: list[float]) -> dict[str, Any]:
         best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: self._top_k]
         labels = [{"label": self._labels[i], "score": scores[i]} for i in best]
         return {**labels[0], "labels": labels}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 from shared.errors import UnsupportedModel
 from shared.specs import Embedding
 from workers.ranks.engine.models import LoadedModel
+from workers.ranks.engine.parts import Piece
 from workers.ranks.engine.passes import Batch, SortedPasses
 from workers.ranks.folders import LoadError, read_json
 
@@ -27,7 +29,8 @@ _DECIMALS = 8
 
 
 class Embeddings(SortedPasses):
-    """One vector a text. Pooled in float32 over attended tokens alone, so that padding is not seen."""
+    """One vector a text. Pooled in float32 over attended tokens alone, so that padding is not seen. Of a
+    text in windows it is the mean of theirs by tokens, made of length 1 at the end."""
 
     def __init__(self, loaded: LoadedModel, *, options: Embedding) -> None:
         super().__init__(loaded)
@@ -44,6 +47,22 @@ class Embeddings(SortedPasses):
             # Not a product with the mask: what padding computes need not be finite.
             attended = hidden.masked_fill(batch.mask[..., None] == 0, 0.0)
             vectors = attended.sum(dim=1) / batch.mask.sum(dim=1, keepdim=True)
+        whole = self._shown(vectors)
+        return [
+            found if found is None or prompt.parts is None else {"vector": vector}
+            for prompt, found, vector in zip(batch.prompts, whole, vectors.cpu(), strict=True)
+        ]
+
+    def unite(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        vectors = torch.stack([piece.output["vector"] for piece in pieces]).double()
+        tokens = torch.tensor([len(piece.prompt.ids) for piece in pieces], dtype=torch.float64)
+        mean = (vectors * (tokens / tokens.sum())[:, None]).sum(dim=0, keepdim=True)
+        [found] = self._shown(mean.float())
+        assert found is not None  # noqa: S101  (a mean of what is finite)
+        return {**found, "windows": len(pieces)}
+
+    def _shown(self, vectors: torch.Tensor) -> list[dict[str, Any] | None]:
+        """The output of each pooled vector [rows, dimensions]."""
         if self._normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
         finite = vectors.isfinite().all(dim=-1).tolist()

@@ -17,6 +17,7 @@ from workers.ranks.engine.constraints import Constraint, Constraints
 from workers.ranks.engine.device import is_out_of_memory, release_unused
 from workers.ranks.engine.likelihoods import Likelihoods, adjust
 from workers.ranks.engine.models import LoadedModel
+from workers.ranks.engine.parts import Parts, Piece
 from workers.ranks.engine.prompts import Prompt
 from workers.ranks.engine.sampling import Draw, next_tokens
 from workers.ranks.engine.text import Detokenizer
@@ -106,6 +107,8 @@ class ActiveRow:
     @property
     def draw(self) -> Draw:
         name: int | str = "own" if self.prompt.own_seed else self.prompt.row
+        if self.prompt.part:
+            name = f"{name}:{self.prompt.part}"
         if self.sample:
             name = f"{name}.{self.sample}"
         return Draw(self.options, name, len(self.generated))
@@ -180,6 +183,7 @@ class Generating(ABC):
         self._constraints = Constraints(loaded, end_tokens(loaded))
         # Kept across a step that runs out of memory after some of its rows were finished.
         self._finished: list[Answered] = []
+        self._parts = Parts(unite_texts)
 
     @abstractmethod
     def advance(self) -> dict[str, int]:
@@ -210,6 +214,7 @@ class Generating(ABC):
             if row.prompt.owner == owner:
                 row.answer.closed = True
         self.turns.leave(owner)
+        self._parts.leave(owner)
 
     @property
     def max_rows(self) -> int:
@@ -244,9 +249,7 @@ class Generating(ABC):
             answer = Answer(prompt)
             schema = prompt.generation.json_schema
             if schema is not None and (problem := self._constraints.problem(schema)) is not None:
-                self._finished.append(
-                    Answered(prompt.owner, answer.fail("invalid_generation", f"schema: {problem}"))
-                )
+                self._file(prompt, answer.fail("invalid_generation", f"schema: {problem}"))
                 continue
             self.turns.add(
                 self.begin(prompt, answer, sample) for sample in range(prompt.generation.n)
@@ -294,7 +297,7 @@ class Generating(ABC):
                 finished.add(place)
                 whole = row.answer.add(row.sample, output, len(row.generated))
                 if whole is not None:
-                    self._finished.append(Answered(row.prompt.owner, whole))
+                    self._file(row.prompt, whole)
         for place in finished:
             self.turns.done(rows[place])
         return finished
@@ -320,8 +323,33 @@ class Generating(ABC):
 
     def _fail(self, answer: Answer, code: str, message: str) -> None:
         """End a row with an error; its other texts that wait are dropped."""
-        self._finished.append(Answered(answer.prompt.owner, answer.fail(code, message)))
+        self._file(answer.prompt, answer.fail(code, message))
         self.turns.drop(lambda row: row.answer is answer)
+
+    def _file(self, prompt: Prompt, found: dict[str, Any]) -> None:
+        if (whole := self._parts.file(prompt, found)) is not None:
+            self._finished.append(Answered(prompt.owner, whole))
+
+
+def unite_texts(pieces: Sequence[Piece]) -> dict[str, Any]:
+    """What was written for the windows of a text: one below the other."""
+    outputs = [piece.output for piece in pieces]
+    whole = {**_united(outputs), "windows": len(pieces)}
+    if "choices" in outputs[0]:
+        choices = zip(*(output["choices"] for output in outputs), strict=True)
+        whole["choices"] = [_united(choice) for choice in choices]
+    return whole
+
+
+def _united(outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    reasons = {output["finish_reason"] for output in outputs}
+    whole: dict[str, Any] = {
+        "text": "\n".join(output["text"] for output in outputs),
+        "finish_reason": "length" if "length" in reasons else "stop",
+    }
+    if "logprobs" in outputs[0]:
+        whole["logprobs"] = [entry for output in outputs for entry in output["logprobs"]]
+    return whole
 
 
 def count_by_owner(rows: Sequence[ActiveRow]) -> Counter[str]:

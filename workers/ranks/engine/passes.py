@@ -21,6 +21,7 @@ from workers.ranks.engine.device import is_out_of_memory, release_unused
 from workers.ranks.engine.fused import first_alone
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.padding import pad_rows
+from workers.ranks.engine.parts import Parts, Piece
 from workers.ranks.engine.prompts import Prompt
 from workers.ranks.engine.turns import Turns
 
@@ -61,6 +62,7 @@ class SortedPasses(ABC):
         """Of what the encoder says of a row, the task uses the first token's alone."""
         self._max_tokens = BATCH_TOKENS[self._device.type]
         self._turns: Turns[Prompt] = Turns(lambda prompt: prompt.owner)
+        self._parts = Parts(self.unite)
         self._batch_sizes: dict[str, int] = {}
         self._batches: list[list[Prompt]] = []
         """Planned, the next one last."""
@@ -71,12 +73,13 @@ class SortedPasses(ABC):
 
     @abstractmethod
     def read(self, batch: Batch) -> Sequence[dict[str, Any] | None]:
-        """Compute a batch: the output of each row, None where the model's numbers are not finite.
-        May run out of memory."""
+        """Compute a batch: the output of each row, None where the model's numbers are not finite. Of a
+        prompt that is a part of its row, what :meth:`unite` makes the row's output of. May run out of
+        memory."""
 
-    def answer(self, prompt: Prompt, found: dict[str, Any]) -> dict[str, Any] | None:  # noqa: ARG002
-        """The result of a row out of that of a prompt; None while other parts of the row are missing."""
-        return found
+    def unite(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        """The output of a row out of those of its parts, in order."""
+        raise NotImplementedError("the rows of this task have no parts")
 
     def join(self, owner: str, rows: int) -> None:
         self._batch_sizes[owner] = rows
@@ -84,6 +87,7 @@ class SortedPasses(ABC):
 
     def leave(self, owner: str) -> None:
         self._turns.leave(owner)
+        self._parts.leave(owner)
         del self._batch_sizes[owner]
         self._batches, self._ahead = (
             [kept for batch in batches if (kept := [p for p in batch if p.owner != owner])]
@@ -158,7 +162,7 @@ class SortedPasses(ABC):
         answers = [
             Answered(prompt.owner, whole)
             for prompt, found in zip(prompts, results, strict=True)
-            if (whole := self.answer(prompt, found)) is not None
+            if (whole := self._parts.file(prompt, found)) is not None
         ]
         return Step(answers, tokens)
 

@@ -37,6 +37,7 @@ from workers.ranks.engine.device import (
 )
 from workers.ranks.engine.models import ModelCache
 from workers.ranks.engine.sharing import Computations
+from workers.ranks.engine.signs import Signs
 
 FINISHED = "finished"
 """The reason of a stop that follows the last shard."""
@@ -62,6 +63,7 @@ class Engine:
 
     def __init__(self, channel: Channel[Assignment | Order]) -> None:
         self._channel = channel
+        self._signs = Signs(channel)
         self._models = ModelCache()
         self._computations = Computations()
         self._attempts: dict[str, Attempt] = {}
@@ -77,11 +79,16 @@ class Engine:
         while True:
             message = None
             try:
-                message = self._channel.receive(self._patience())
+                patience = self._patience()
+                if patience != 0.0:
+                    self._signs.rest()
+                message = self._channel.receive(patience)
                 if message is not None:
                     self._handle(message)
                 else:
+                    self._signs.begin("reading")
                     self._feed()
+                    self._signs.begin("computing")
                     self._compute()
                     self._tell()
             except ChannelClosed:
@@ -106,6 +113,7 @@ class Engine:
     def _handle(self, message: Assignment | Order) -> None:
         match message:
             case InferAssignment():
+                self._signs.begin("loading")
                 try:
                     self._begin(message)
                 except Exception as error:
@@ -139,9 +147,8 @@ class Engine:
         of = mark(assignment.attempt_id)
         print(f"{of}model {name} ({precision}, {assignment.device.id}) {how}", flush=True)
         if not loaded.batches:
-            print(
-                f"{of}it computes rows that share a pass otherwise: they go one by one", flush=True
-            )
+            why = "it computes rows that share a pass otherwise: rows go one by one"
+            print(f"{of}{why}", flush=True)
         self._channel.send(
             Ready(
                 attempt_id=assignment.attempt_id,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from jinja2 import TemplateError
@@ -12,8 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from shared.rows import row_error
 from shared.specs import Generation, InferSpec
 from workers.ranks.engine.inputs import Request, RowProblem
+from workers.ranks.engine.windows import cut, frame_of, no_seams, seams
 
 DEFAULTS = Generation()
+AT_ONCE = 1 << 20
+"""Characters that are tokenised together: a tokenizer takes some 150 bytes for each while it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +74,13 @@ class InputLimit:
         self._context = context
         self._reserved = reserved
         self._own = spec.max_length
-        self._cut = spec.too_long == "truncate"
+        self._cut = spec.too_long != "error"
         self.tokens = context - reserved
         if spec.max_length is not None:
             self.tokens = min(self.tokens, spec.max_length)
 
     def must_cut(self, tokens: int) -> bool:
-        """Whether an input is cut to ``self.tokens``; else it is taken whole.
+        """Whether an input is cut to ``self.tokens``, or into windows of them; else it is taken whole.
 
         Raises:
             RowProblem: too_long.
@@ -113,6 +116,7 @@ class PromptEncoder:
         self._context = context
         self._continues = spec.task == "text-generation"
         self._limits: dict[int, InputLimit] = {}
+        self._frame = frame_of(tokenizer) if spec.too_long == "split" else None
 
     def encode(self, requests: Sequence[Request]) -> tuple[list[Prompt], list[dict[str, Any]]]:
         """See :class:`Encoder`."""
@@ -130,19 +134,40 @@ class PromptEncoder:
                 errors.append(row_error(request.row, problem.code, problem.message, id=request.id))
         # A rendered chat has its special tokens from the template already.
         for group, add_special_tokens in ((texts, True), (chats, False)):
-            encoded = self._tokenise([text for _, text in group], add_special_tokens)
-            for (request, text), ids in zip(group, encoded, strict=True):
-                try:
-                    prompts.append(self._prompt(request, text, self._fit(request, text, ids)))
-                except RowProblem as problem:
-                    errors.append(
-                        row_error(request.row, problem.code, problem.message, id=request.id)
-                    )
+            for some in _few(group):
+                encoded = self._tokenise([text for _, text in some], add_special_tokens)
+                for (request, text), ids in zip(some, encoded, strict=True):
+                    try:
+                        prompts += self._prompts(request, text, ids)
+                    except RowProblem as problem:
+                        errors.append(
+                            row_error(request.row, problem.code, problem.message, id=request.id)
+                        )
         return prompts, errors
 
     def _prepare(self, text: str) -> str:
         """What is tokenised for a text."""
         return text
+
+    def _prompts(self, request: Request, text: str, ids: list[int]) -> list[Prompt]:
+        if self._frame is None or not self._limit(request).must_cut(len(ids)):
+            return [self._prompt(request, text, self._fit(request, text, ids))]
+        inside = self._frame.inside(ids)
+        room = self._frame.room(self._limit(request).tokens)
+        windows = cut(len(inside), room, self._seams(text))
+        whole = self._prompt(request, text, [])
+        return [
+            replace(whole, ids=self._frame.around(inside[start:end]), part=part, parts=len(windows))
+            for part, (start, end) in enumerate(windows)
+        ]
+
+    def _seams(self, text: str) -> Callable[[int], int]:
+        if not self._tokenizer.is_fast:
+            return no_seams
+        encoded = self._tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return seams(text, encoded["offset_mapping"])
 
     def _prompt(self, request: Request, text: str, ids: list[int]) -> Prompt:  # noqa: ARG002
         generation = self._options(request)
@@ -200,3 +225,17 @@ class PromptEncoder:
         # The tokenizer cuts by itself, so that the closing special token stays.
         cut: list[int] = self._tokenizer(text, truncation=True, max_length=limit)["input_ids"]
         return cut
+
+
+def _few(group: Sequence[tuple[Request, str]]) -> Iterator[list[tuple[Request, str]]]:
+    """The group in pieces of so many characters, or of one text that has more."""
+    some: list[tuple[Request, str]] = []
+    size = 0
+    for request, text in group:
+        if some and size + len(text) > AT_ONCE:
+            yield some
+            some, size = [], 0
+        some.append((request, text))
+        size += len(text)
+    if some:
+        yield some

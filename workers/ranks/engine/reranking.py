@@ -9,16 +9,17 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shared.rows import result, row_error
+from shared.rows import row_error
 from shared.specs import InferSpec
 from workers.ranks.engine.fused import uses_first_alone
 from workers.ranks.engine.inputs import Request, RowProblem
 from workers.ranks.engine.models import LoadedModel
+from workers.ranks.engine.parts import Piece
 from workers.ranks.engine.passes import Batch, SortedPasses
 from workers.ranks.engine.prompts import InputLimit, Prompt
 
@@ -80,17 +81,6 @@ class PairEncoder:
         return list(zip(ids, types, strict=True))
 
 
-@dataclass(slots=True)
-class Ranking:
-    """What of a row is computed so far."""
-
-    scores: dict[int, float] = field(default_factory=dict)
-    done: int = 0
-    tokens: int = 0
-    error: dict[str, Any] | None = None
-    """Of the first pair that went wrong: the row's."""
-
-
 class Reranking(SortedPasses):
     """A score a pair: of a model with two labels the probability of the second; with one its number, as
     its folder says through a sigmoid or not.
@@ -105,11 +95,6 @@ class Reranking(SortedPasses):
         self._top_n = top_n
         self._raw = scores_are_raw(loaded.model.config)
         self._takes_types = takes_types(loaded.model)
-        self._rankings: dict[tuple[str, int], Ranking] = {}
-
-    def leave(self, owner: str) -> None:
-        super().leave(owner)
-        self._rankings = {key: kept for key, kept in self._rankings.items() if key[0] != owner}
 
     def forward(self, batch: Batch) -> Any:
         return super().forward(batch if self._takes_types else replace(batch, types=None))
@@ -123,26 +108,10 @@ class Reranking(SortedPasses):
             scores = logits[:, 0] if self._raw else logits[:, 0].sigmoid()
         return [{"score": s} if math.isfinite(s) else None for s in scores.tolist()]
 
-    def answer(self, prompt: Prompt, found: dict[str, Any]) -> dict[str, Any] | None:
-        if prompt.parts is None:
-            return found
-        key = (prompt.owner, prompt.row)
-        ranking = self._rankings.setdefault(key, Ranking())
-        ranking.done += 1
-        if found["error"] is not None:
-            ranking.error = ranking.error or found
-        else:
-            ranking.scores[prompt.part] = found["output"]["score"]
-            ranking.tokens += len(prompt.ids)
-        if ranking.done < prompt.parts:
-            return None
-        del self._rankings[key]
-        if ranking.error is not None:
-            return ranking.error
-        scores = [ranking.scores[part] for part in range(prompt.parts)]
+    def unite(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        scores = [piece.output["score"] for piece in pieces]
         order = sorted(range(len(scores)), key=lambda part: (-scores[part], part))
-        output = {"scores": scores, "ranking": order[: self._top_n]}
-        return result(prompt.row, id=prompt.id, output=output, input_tokens=ranking.tokens)
+        return {"scores": scores, "ranking": order[: self._top_n]}
 
 
 def takes_types(model: PreTrainedModel) -> bool:

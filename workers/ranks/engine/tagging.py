@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 from workers.ranks.engine.classification import label_names
 from workers.ranks.engine.entities import OUTSIDE, Entity, find_entities, has_prefixes
 from workers.ranks.engine.models import LoadedModel
+from workers.ranks.engine.parts import Piece
 from workers.ranks.engine.passes import Batch, SortedPasses
 from workers.ranks.engine.prompts import Prompt, Word
+
+Told = tuple[str, float] | tuple[None, None]
+"""The tag of a word and its probability; of a word without tokens, nothing."""
 
 
 class Tagging(SortedPasses):
@@ -34,11 +38,24 @@ class Tagging(SortedPasses):
         if not np.isfinite(chances).all():
             return None
         told = [self._tag(word, chances) for word in prompt.words]
+        if prompt.parts is not None:
+            return {"told": told}
+        return self._whole(prompt.source, prompt.words, told)
+
+    def unite(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        words = [word for piece in pieces for word in piece.prompt.words]
+        told = [each for piece in pieces for each in piece.output["told"]]
+        whole = self._whole(pieces[0].prompt.source, words, told)
+        return {**whole, "windows": len(pieces)}
+
+    def _whole(
+        self, source: str | tuple[str, ...], words: Sequence[Word], told: Sequence[Told]
+    ) -> dict[str, Any]:
         tags, scores = [tag for tag, _ in told], [score for _, score in told]
         entities = []
         for entity in self._entities(tags, scores):
-            start, end = prompt.words[entity.first].start, prompt.words[entity.last].end
-            piece = prompt.source[start:end]
+            start, end = words[entity.first].start, words[entity.last].end
+            piece = source[start:end]
             entities.append(
                 {
                     "label": entity.label,
@@ -48,13 +65,11 @@ class Tagging(SortedPasses):
                     "text": piece if isinstance(piece, str) else " ".join(piece),
                 }
             )
-        if isinstance(prompt.source, str):
+        if isinstance(source, str):
             return {"entities": entities}
         return {"tags": tags, "scores": scores, "entities": entities}
 
-    def _tag(
-        self, word: Word, chances: NDArray[np.float32]
-    ) -> tuple[str, float] | tuple[None, None]:
+    def _tag(self, word: Word, chances: NDArray[np.float32]) -> Told:
         """Of a word, out of the probabilities [tokens, labels] of its row."""
         if word.token is None:
             return None, None

@@ -7,6 +7,7 @@ tokenizer, parted also at white space, which some tokenizers do not part at.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +16,8 @@ from shared.rows import row_error
 from shared.specs import InferSpec
 from workers.ranks.engine.inputs import Request, RowProblem
 from workers.ranks.engine.prompts import InputLimit, Prompt, Word
+from workers.ranks.engine.windows import Frame, frame_of
+from workers.ranks.engine.word_windows import cut_words
 
 
 class WordEncoder:
@@ -29,6 +32,7 @@ class WordEncoder:
         self._tokenizer = tokenizer
         self._limit = InputLimit(spec, context)
         self._token_by_token = spec.aggregation == "none"
+        self._frame = frame_of(tokenizer) if spec.too_long == "split" else None
 
     def encode(self, requests: Sequence[Request]) -> tuple[list[Prompt], list[dict[str, Any]]]:
         """See :class:`workers.ranks.engine.prompts.Encoder`."""
@@ -36,15 +40,16 @@ class WordEncoder:
         errors: list[dict[str, Any]] = []
         for request in requests:
             try:
-                prompts.append(self._prompt(request))
+                prompts += self._prompts(request)
             except RowProblem as problem:
                 errors.append(row_error(request.row, problem.code, problem.message, id=request.id))
         return prompts, errors
 
-    def _prompt(self, request: Request) -> Prompt:
+    def _prompts(self, request: Request) -> list[Prompt]:
         source = request.words if request.words is not None else request.text or ""
         encoding = self._tokenise(source)
-        if self._limit.must_cut(len(encoding.ids)):
+        too_long = self._limit.must_cut(len(encoding.ids))
+        if too_long and self._frame is None:
             encoding = self._tokenise(source, truncation=True, max_length=self._limit.tokens)
         if isinstance(source, str):
             ids: Sequence[int | None] = encoding.word_ids
@@ -55,7 +60,23 @@ class WordEncoder:
             words = words_of_list(len(source), encoding.word_ids)
         if all(word.token is None for word in words):
             raise RowProblem("empty_text", "no word of the row has a token for this model")
-        return Prompt(request.row, request.id, tuple(encoding.ids), source, words)
+        prompt = Prompt(request.row, request.id, tuple(encoding.ids), source, words)
+        if not too_long or self._frame is None:
+            return [prompt]
+        return self._windows(prompt, self._frame)
+
+    def _windows(self, whole: Prompt, frame: Frame) -> list[Prompt]:
+        windows = cut_words(whole.words, frame.room(self._limit.tokens))
+        return [
+            replace(
+                whole,
+                ids=frame.around(whole.ids[window.first : window.last]),
+                words=tuple(_behind(word, len(frame.before)) for word in window.words),
+                part=part,
+                parts=len(windows),
+            )
+            for part, window in enumerate(windows)
+        ]
 
     def _tokenise(self, source: str | tuple[str, ...], **options: Any) -> Any:
         words = not isinstance(source, str)
@@ -63,6 +84,13 @@ class WordEncoder:
             list(source) if words else source, is_split_into_words=words, verbose=False, **options
         )
         return encoded[0]
+
+
+def _behind(word: Word, tokens: int) -> Word:
+    """A word with so many tokens before its own first ones."""
+    if word.token is None or word.last is None:
+        return word
+    return replace(word, token=word.token + tokens, last=word.last + tokens)
 
 
 def words_of_list(count: int, word_ids: Sequence[int | None]) -> tuple[Word, ...]:
