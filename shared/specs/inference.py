@@ -191,7 +191,7 @@ class InferSpec(JobFields):
     top_n: int | None = Field(
         None, ge=1, le=1_000_000, description="reranking: so many documents are in the ranking."
     )
-    batch_size: int = Field(64, ge=1, le=4096, description="Rows computed together, at most.")
+    batch_size: int = Field(128, ge=1, le=4096, description="Rows computed together, at most.")
     shard_rows: int = Field(64, ge=1, le=100_000, description="Rows committed together.")
     max_length: int | None = Field(None, ge=4, description="Tokens of input a row may have.")
     too_long: Literal["error", "truncate", "split"] = Field(
