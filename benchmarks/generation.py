@@ -115,7 +115,13 @@ def with_generate(model: Any, tokenizer: Any, prompts: list[str], batch: int) ->
     return answers
 
 
-def with_engine(cache: ModelCache, folder: Path, prompts: list[str], slots: int) -> Answers:
+def with_engine(
+    cache: ModelCache,
+    folder: Path,
+    prompts: list[str],
+    slots: int,
+    dtype: torch.dtype = torch.float32,
+) -> Answers:
     """Ours: an attempt with all its shards ordered."""
     threads = torch.get_num_threads()
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
@@ -135,7 +141,7 @@ def with_engine(cache: ModelCache, folder: Path, prompts: list[str], slots: int)
             model_path=str(folder),
             input_path=file.name,
         )  # fmt: skip
-        loaded, warm = cache.get("text-generation", str(folder), torch.float32, torch.device("cpu"))
+        loaded, warm = cache.get("text-generation", str(folder), dtype, torch.device("cpu"))
         computations = Computations()
         shared = computations.join(assignment, loaded)
         attempt = Attempt(assignment, shared, warm)
@@ -201,10 +207,11 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         cache = ModelCache()
         with contextlib.redirect_stdout(io.StringIO()):
             with_generate(model, tokenizer, prompts[:2], 1)
-            with_engine(cache, folder, prompts[:2], 2)
+            for dtype in (torch.float32, torch.int8):
+                with_engine(cache, folder, prompts[:2], 2, dtype)
 
-        def ours(slots: int) -> Answers:
-            return with_engine(cache, folder, prompts, slots)
+        def ours(slots: int, dtype: torch.dtype = torch.float32) -> Answers:
+            return with_engine(cache, folder, prompts, slots, dtype)
 
         def theirs(batch: int) -> Answers:
             return with_generate(model, tokenizer, prompts, batch)
@@ -214,6 +221,10 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         rows.append(measure("generate, batches of 16", lambda: theirs(16), reference))
         rows += [
             measure(f"gpuyard, {slots} slots", partial(ours, slots), reference)
+            for slots in args.slots
+        ]
+        rows += [
+            measure(f"gpuyard int8, {slots} slots", partial(ours, slots, torch.int8), reference)
             for slots in args.slots
         ]
     tokens = [count for count, _ in reference]

@@ -285,7 +285,7 @@ def lora_elements(shape: ModelShape, spec: TrainSpec) -> int:
 def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None) -> int:
     """Peak of an engine process: weights, ``2·layers·kv_heads·head_dim·bytes·rows·length`` of keys
     and values and ``rows·vocabulary`` of logits (generation) or a slice of them (scoring), one layer's
-    activations, runtime.
+    activations, runtime. With int8 linear layers take a byte an element, once they are loaded.
 
     Args:
         shape: The model.
@@ -293,11 +293,17 @@ def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None
         longest_text: Bytes of the longest input line; None: unknown.
     """
     element = BF16 if infers_in_bf16(shape, spec) else FP32
+    weights = shape.parameters * element
+    if spec.precision == "int8":
+        kept = shape.parameters + FP32 * shape.vocabulary * shape.hidden
+        loading, weights = weights, min(weights, kept)
+    else:
+        loading = weights
     length = sequence_length(shape, longest_text, spec.max_length)
     per_token = 10 * shape.hidden + 3 * shape.intermediate
     rows = min(spec.batch_size, ROWS_WITH_ROOM)
     working = rows * length * per_token * element
-    total = shape.parameters * element + working + RUNTIME
+    total = weights + working + RUNTIME
     if spec.task in GENERATIVE:
         whole = min(length + spec.sampling.max_new_tokens, shape.positions)
         cache = 2 * shape.layers * shape.kv_heads * shape.head_dim * element
@@ -305,7 +311,8 @@ def inference_bytes(shape: ModelShape, spec: InferSpec, longest_text: int | None
         total += rows * (cache * whole + 2 * FP32 * shape.vocabulary)
     if spec.task == "scoring":
         total += 3 * SCORED_BYTES  # as computed, in fp32, and their log-softmax
-    return total
+    # What is quantised is loaded in fp32 first, when no row is there yet.
+    return max(total, loading + RUNTIME)
 
 
 def infers_in_bf16(shape: ModelShape, spec: InferSpec) -> bool:

@@ -159,6 +159,7 @@ class InferAssignment(Message):
     spec: InferSpec
     model_path: str
     input_path: str
+    adapter_path: str | None = None
 
 
 class Measure(Message):

@@ -51,6 +51,8 @@ class ResolvedModel(BaseModel):
     label: str
     """Short, for people: Flower shows it."""
     parameters: int | None = None
+    adapter: str | None = None
+    """Absolute folder of the LoRA adapter that is applied to it."""
 
 
 class RepeatedIds(BaseModel):

@@ -29,7 +29,9 @@ from shared.store import Store
 # two threads each on two cores thrash.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
-for _variable in [name for name in os.environ if name.startswith("GPUYARD_")]:
+for _variable in [
+    name for name in os.environ if name.startswith("GPUYARD_") and name != "GPUYARD_VLLM_PYTHON"
+]:
     del os.environ[_variable]
 for _variable in ("DATABASE_URL", "BROKER_URL"):
     os.environ.pop(_variable, None)

@@ -10,11 +10,13 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scheduler.footprint import ModelShape
+from scheduler.submission.adapters import CONFIG as ADAPTER_CONFIG
+from scheduler.submission.adapters import base_of, is_adapter
 from scheduler.submission.architectures import SEQ2SEQ_TYPES, why_unsuitable
 from scheduler.submission.paths import inside, printable, resolved
 from scheduler.submission.scratch import shape_of
@@ -92,10 +94,15 @@ class _Wanted:
     task: str
     trains: bool
     """It may still lack the task's head."""
+    carries: bool = False
+    """It is the base of an adapter."""
 
 
 def _resolve(store: Store, settings: Settings, wanted: _Wanted) -> FoundModel:
     name = wanted.name
+    if name.startswith("adapter:"):
+        folder, _ = _model_of_job(store, settings, name.removeprefix("adapter:"), "adapter")
+        return _adapted(store, settings, wanted, folder)
     if name.startswith("job:"):
         folder, label = _model_of_job(store, settings, name.removeprefix("job:"))
         return _inspect(folder, label, "job", wanted)
@@ -104,6 +111,8 @@ def _resolve(store: Store, settings: Settings, wanted: _Wanted) -> FoundModel:
         folder, _ = _model_of_job(store, settings, model.job_id)
         return _inspect(folder, f"{model.name}@{model.version}", "job", wanted)
     found = _find_folder(settings, name)
+    if found is not None and is_adapter(found):
+        return _adapted(store, settings, wanted, found)
     if found is not None:
         return _inspect(found, found.name, "folder", wanted)
     if _HUB_ID.fullmatch(name) and settings.hub:
@@ -114,6 +123,24 @@ def _resolve(store: Store, settings: Settings, wanted: _Wanted) -> FoundModel:
         param="model",
         hint=_where_models_are(settings, name),
     )
+
+
+def _adapted(store: Store, settings: Settings, wanted: _Wanted, folder: Path) -> FoundModel:
+    """The base of an adapter, to which that is applied."""
+    if wanted.carries:
+        raise UnsupportedModel(
+            f"'{printable(wanted.name)}' is an adapter itself",
+            param="model",
+            hint="Merge one of the two into its base.",
+        )
+    base = base_of(folder, wanted.name, wanted.task, trains=wanted.trains)
+    try:
+        found = _resolve(store, settings, replace(wanted, name=base, carries=True))
+    except InvalidRequest as error:
+        error.message = f"the base of adapter '{printable(wanted.name)}': {error.message}"
+        raise
+    where = found.resolved.model_copy(update={"adapter": str(folder)})
+    return replace(found, resolved=where)
 
 
 def _published(store: Store, name: str, which: str) -> PublishedModel:
@@ -169,7 +196,9 @@ def _where_models_are(settings: Settings, name: str) -> str:
     return hint + "."
 
 
-def _model_of_job(store: Store, settings: Settings, job_id: str) -> tuple[Path, str]:
+def _model_of_job(
+    store: Store, settings: Settings, job_id: str, part: Literal["model", "adapter"] = "model"
+) -> tuple[Path, str]:
     job, artifacts = (
         store.call(_job_and_artifacts, job_id) if ids.is_id(job_id, ids.JOB) else (None, [])
     )
@@ -188,13 +217,20 @@ def _model_of_job(store: Store, settings: Settings, job_id: str) -> tuple[Path, 
             param="model",
             hint=None if over else f"Wait for it: `gpuyard watch {job.id}`.",
         )
-    parts = [a for a in artifacts if a.name.startswith("model/")]
-    config = next((a for a in parts if a.name == "model/config.json"), None)
+    parts = [a for a in artifacts if a.name.startswith(f"{part}/")]
+    named = {"model": "model/config.json", "adapter": f"adapter/{ADAPTER_CONFIG}"}[part]
+    config = next((a for a in parts if a.name == named), None)
+    if part == "adapter" and not parts:
+        raise ModelNotFound(
+            f"{job.id} made no adapter",
+            param="model",
+            hint=f"A training with method lora makes one; `job:{job.id}` is the whole model.",
+        )
     missing = [a.name for a in parts if not (settings.data / a.path).is_file()]
     if config is None or missing:
-        what = f"({missing[0]})" if missing else "(model/config.json)"
+        what = f"({missing[0]})" if missing else f"({named})"
         raise ModelNotFound(
-            f"the model of {job.id} is gone from the data folder {what}",
+            f"the {part} of {job.id} is gone from the data folder {what}",
             param="model",
             hint="Train it again, or restore the data folder.",
         )

@@ -28,7 +28,7 @@ def asked(spec: TrainSpec | InferSpec) -> Requirements:
         devices=usable[0],
         world_sizes=usable if len(usable) > 1 else (),
         most=spec.resources.most if isinstance(spec, InferSpec) else None,
-        accelerator=resources.accelerator,
+        accelerator="cpu" if precision == "int8" else resources.accelerator,
         memory_bytes=int((resources.memory_gb or 0) * GIB),
         compute_capability=round(capability * 10),
         features=tuple(dict.fromkeys(resources.features + features)),
@@ -83,5 +83,7 @@ def refuse_impossible(
         known = [device for device in fleet if device.known]
         reason = matching.unsatisfiable(one, known) if known else None
         hint = "Ask for less, or start a worker that has it; see `gpuyard workers`."
+    if isinstance(spec, InferSpec) and spec.precision == "int8":
+        hint = f"Precision int8 is for CPUs. {hint}"
     if reason is not None:
         raise Unsatisfiable(reason, param="resources", hint=hint)

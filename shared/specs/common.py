@@ -15,7 +15,7 @@ class Strict(BaseModel):
 
 Accelerator = Literal["auto", "cpu", "cuda"]
 Feature = Literal["bf16", "fp8"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "int8"]
 TrainPrecision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Task = Literal[
     "text-classification",
@@ -150,8 +150,8 @@ class Retry(Strict):
 
 MODEL = (
     "A model folder below the service's model roots (by name or absolute path), `job:<id>` for the "
-    "model that a training job made, `name@version` of a published one (also `name@latest` and "
-    "`name@production`), or a hub id where the hub is enabled."
+    "model that a training job made (`adapter:<id>` for its LoRA adapter on the base), `name@version` of a "
+    "published one (also `name@latest` and `name@production`), or a hub id where the hub is enabled."
 )
 MODELS = ["minilm", "job:job_01JD2V5N0W8R4QK7T9Y3ZB6XEM", "topics@2"]
 MODEL_NAME = r"[a-z0-9][a-z0-9._-]{0,63}"

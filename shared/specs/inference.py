@@ -203,7 +203,15 @@ class InferSpec(JobFields):
     max_errors: int | None = Field(
         None, ge=0, description="Fails the job when more rows than this fail; none: never."
     )
-    precision: Precision = "auto"
+    precision: Precision = Field(
+        "auto",
+        description="auto: bf16 where the device has it, else fp32. int8: linear layers on CPUs, several times "
+        "as fast, and not quite the same answers.",
+    )
+    engine: Literal["auto", "gpuyard", "vllm"] = Field(
+        "auto",
+        description="auto: vLLM for text-generation on CUDA devices whose worker has it, else gpuyard's own.",
+    )
     resources: BatchResources = BatchResources()
 
     @model_validator(mode="after")
@@ -226,11 +234,25 @@ class InferSpec(JobFields):
             )
         if self.embedding is not None and self.task != "embeddings":
             raise ValueError(f"embedding options do not apply to task '{self.task}'")
+        if self.precision == "int8" and self.resources.accelerator == "cuda":
+            raise ValueError(
+                "precision int8 is for CPUs and resources.accelerator is cuda: drop one of the two"
+            )
+        if self.engine == "vllm":
+            self._refuse_what_vllm_is_not_given()
         for name, task in OPTIONS_OF_A_TASK.items():
             # Not what is set: a spec that was stored has every field set.
             if self.task != task and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} applies to task '{task}' alone, not to '{self.task}'")
         return self
+
+    def _refuse_what_vllm_is_not_given(self) -> None:
+        if self.task != "text-generation":
+            raise ValueError(f"engine vllm is for task 'text-generation', not for '{self.task}'")
+        if self.precision == "int8":
+            raise ValueError("precision int8 is gpuyard's own: drop engine, or choose another")
+        if self.sampling.json_schema is not None:
+            raise ValueError("engine vllm is given no schema: drop engine, or choose gpuyard")
 
     @property
     def forms(self) -> tuple[tuple[str, ...], ...]:

@@ -42,6 +42,14 @@ def test_the_precision_asked_for_is_a_requirement(
     refused(client, spec, "unsatisfiable", param="resources")
 
 
+def test_int8_is_for_cpus(client: httpx.Client, fleet: FakeFleet, infer_spec: Spec) -> None:
+    fleet.add_device("gpu0@fake", T4)
+    both = infer_spec(precision="int8", resources={"accelerator": "cuda"})
+    assert "int8 is for CPUs" in refused(client, both, "invalid_spec")["message"]
+    job = submit(client, infer_spec(precision="int8", fail_fast=True))
+    assert job["requirements"]["accelerator"] == "cpu"
+
+
 def test_an_empty_fleet_refuses_nothing_unless_asked_to(
     client: httpx.Client, train_spec: Spec
 ) -> None:

@@ -138,6 +138,19 @@ def test_a_large_model_in_16_bits_needs_a_device_that_has_them() -> None:
     assert requirements(generate(), small, 5).features == ()
 
 
+def test_int8_takes_a_byte_for_a_weight_once_it_is_loaded() -> None:
+    """What it is loaded from is fp32, and gone when rows come."""
+    few = {"batch_size": 1, "max_length": 8, "generation": {"max_new_tokens": 8}}
+    many = {"batch_size": 64, "generation": {"max_new_tokens": 500}}
+
+    def needs(precision: str, rows: dict[str, Any]) -> int:
+        return inference_bytes(LLAMA_7B, generate(precision=precision, **rows), 4000)
+
+    parameters, embedded = LLAMA_7B.parameters, 4 * 32000 * 4096
+    assert needs("int8", few) == 4 * parameters + RUNTIME
+    assert needs("fp32", many) - needs("int8", many) == 3 * parameters - embedded
+
+
 def test_the_figures_of_the_user_replace_the_estimate() -> None:
     spec = generate(resources={"memory_gb": 40, "min_compute_capability": 8.6})
     needs = requirements(spec, LLAMA_7B, 5)

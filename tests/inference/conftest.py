@@ -104,15 +104,17 @@ def _save(model: PreTrainedModel, folder: Path, *, spread: float = 6.0, **tokeni
     return folder
 
 
-def make_llama(folder: Path, *, seed: int = 0, chat: bool = True) -> Path:
+def make_llama(
+    folder: Path, *, seed: int = 0, chat: bool = True, heads: int = 8, key_value_heads: int = 2
+) -> Path:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
         max_position_embeddings=256,
         eos_token_id=[0, 300],
         bos_token_id=None,
@@ -232,6 +234,7 @@ class EngineProcess:
         theirs.close()
         self.channel: Channel[Report] = Channel(ours, FromRank)
         self.attempts = 0
+        self.patience = PATIENCE
         self.seconds: dict[tuple[str, int], float | None] = {}
         """What each row of an attempt took of the device; None: it was not computed."""
 
@@ -247,8 +250,8 @@ class EngineProcess:
         return report
 
     def receive_any(self) -> Report:
-        report = self.channel.receive(timeout=PATIENCE)
-        assert report is not None, f"nothing in {PATIENCE} s; log:\n{self.log.read_text()}"
+        report = self.channel.receive(timeout=self.patience)
+        assert report is not None, f"nothing in {self.patience} s; log:\n{self.log.read_text()}"
         if isinstance(report, ShardComputed):
             # No two runs have the same: kept beside what tests compare.
             for row in report.results:
@@ -265,6 +268,7 @@ class EngineProcess:
         """Open an attempt, and wait for nothing."""
         self.attempts += 1
         device = fields.pop("device", {})
+        adapter = fields.pop("adapter", None)
         fields = {"task": "text-generation", **fields}
         self.channel.send(
             InferAssignment(
@@ -278,6 +282,7 @@ class EngineProcess:
                 spec=InferSpec(model=str(model), input=str(input_path), **fields),
                 model_path=str(model),
                 input_path=str(input_path),
+                adapter_path=None if adapter is None else str(adapter),
             )
         )
 

@@ -20,7 +20,7 @@ from shared.messages import (
 )
 from shared.rows import cut_into_shards
 
-from .conftest import PATIENCE, EngineProcess, Outcome, make_llama, text_of
+from .conftest import PATIENCE, EngineProcess, Outcome, make_gpt2, make_llama, text_of
 
 ROW = {"prompt": "the cat sat"}
 SHORT = {"max_new_tokens": 4}
@@ -38,7 +38,8 @@ def endless(models_dir: Path) -> Path:
     return folder
 
 
-def test_the_second_job_finds_the_model_warm(engine, llama, gpt2):
+def test_the_second_job_finds_the_model_warm(engine, models_dir):
+    llama, gpt2 = make_llama(models_dir / "warm"), make_gpt2(models_dir / "warm-too")
     engine.run(gpt2, [ROW], generation=SHORT)
     first = engine.run(llama, [ROW], generation=SHORT)
     assert first.ready.warm is False and first.ready.seconds > 0

@@ -134,6 +134,7 @@ def inference_assignment(site: Site, claimed: Claimed) -> InferAssignment:
         spec=InferSpec.model_validate(claimed.spec),
         model_path=resolved.model.path,
         input_path=str(site.settings.data / resolved.inputs["input"].path),
+        adapter_path=resolved.model.adapter,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from shared.errors import DataError
+from shared.errors import DataError, UnsupportedModel
 from shared.messages import InferAssignment, Progress, Shard, ShardComputed, mark
 from shared.rows import read_lines, row_error
 from shared.specs import GENERATIVE
@@ -115,6 +115,8 @@ class Attempt:
             "stopped": stopped,
             "load_seconds": 0.0 if self._warm else round(self._loaded.seconds, 3),
             "warm": self._warm,
+            "engine": self._loaded.key.engine,
+            "precision": precision_of(self._loaded.key.dtype),
             "rows": self.pace.rows,
             "errors": self._errors,
             "shards": self._reported_shards,
@@ -185,9 +187,27 @@ class Attempt:
         )
 
 
+def precision_of(dtype: torch.dtype) -> str:
+    """As a spec names it."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int8: "int8"}[dtype]
+
+
 def compute_dtype(assignment: InferAssignment) -> torch.dtype:
-    """The precision asked for; ``auto`` is bf16 where the device has it."""
+    """The precision asked for; ``auto`` is bf16 where the device has it.
+
+    Raises:
+        UnsupportedModel: int8, on a device that is no CPU.
+    """
     precision = assignment.spec.precision
+    if precision == "int8":
+        if assignment.device.kind != "cpu":
+            raise UnsupportedModel(
+                f"precision int8 is for CPUs, and device '{assignment.device.id}' is none",
+                param="precision",
+                hint="Use precision bf16, or resources.accelerator cpu.",
+                code="unsupported_precision",
+            )
+        return torch.int8
     if precision == "bf16" or (precision == "auto" and assignment.device.bf16):
         return torch.bfloat16
     return torch.float32

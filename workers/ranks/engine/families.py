@@ -23,6 +23,7 @@ from workers.ranks.loading import (
     load_seq2seq,
     load_sequence_classifier,
     load_token_classifier,
+    promised,
 )
 
 _NO_LIMIT = 1_000_000
@@ -53,6 +54,17 @@ def load_for_task(task: Task, path: str, dtype: torch.dtype) -> PreTrainedModel:
             return _load_cross_encoder(path, dtype)
         case "text-generation" | "scoring":
             return _load_causal_lm(path, dtype)
+
+
+def form_of(task: Task, path: str) -> PreTrainedModel:
+    """The model of a folder without its numbers: its class, config and generation config, for an engine that
+    loads the weights itself.
+
+    Raises:
+        LoadError, UnsupportedModel: as :func:`load_for_task`, but for what is wrong with the weights.
+    """
+    with promised(lambda _: None):
+        return load_for_task(task, path, torch.float32)
 
 
 def refuse_tokenizer(task: Task, path: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -284,23 +284,34 @@ class Generating(ABC):
         told = self._likelihoods.of(logits, chosen, [row.options.logprobs for row in rows])
         finished: set[int] = set()
         for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
-            row.generated.append(token)
-            if (entry := told[place]) is not None:
-                row.logprobs.append(entry)
-            if row.constraint is not None and not row.answer.closed:
-                row.constraint.take(token)
-                if (problem := row.constraint.problem) is not None:
-                    self._fail(row.answer, "invalid_generation", f"schema: {problem}")
-            if row.answer.closed:
+            if self.take(row, token, told[place]):
                 finished.add(place)
-            elif (output := self._endings.output(row)) is not None:
-                finished.add(place)
-                whole = row.answer.add(row.sample, output, len(row.generated))
-                if whole is not None:
-                    self._file(row.prompt, whole)
         for place in finished:
             self.turns.done(rows[place])
         return finished
+
+    def take(self, row: ActiveRow, token: int, told: dict[str, Any] | None) -> bool:
+        """File the next token of a row; whether the row is finished by it, or not wanted any more.
+
+        Args:
+            told: its log-probability and those of others, where the row asks for them.
+        """
+        row.generated.append(token)
+        if told is not None:
+            row.logprobs.append(told)
+        if row.constraint is not None and not row.answer.closed:
+            row.constraint.take(token)
+            if (problem := row.constraint.problem) is not None:
+                self._fail(row.answer, "invalid_generation", f"schema: {problem}")
+        if row.answer.closed:
+            return True
+        output = self._endings.output(row)
+        if output is None:
+            return False
+        whole = row.answer.add(row.sample, output, len(row.generated))
+        if whole is not None:
+            self._file(row.prompt, whole)
+        return True
 
     def _start_over(self) -> None:
         """Go on with half the rows."""

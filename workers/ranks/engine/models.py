@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,14 +24,17 @@ from workers.ranks.engine.bases import (
     share_base,
     shared_bytes,
 )
+from workers.ranks.engine.choosing import VLLM_PYTHON, EngineName
 from workers.ranks.engine.crossing import measure_crossing
 from workers.ranks.engine.device import release_unused
-from workers.ranks.engine.families import context_length, load_for_task, refuse_tokenizer
+from workers.ranks.engine.families import context_length, form_of, load_for_task, refuse_tokenizer
 from workers.ranks.engine.fused import fuse_encoder
 from workers.ranks.engine.lockstep import CacheCost, measure_decoder
 from workers.ranks.engine.padding import pad_token, same_when_padded
+from workers.ranks.engine.quantised import quantise, quantised_bytes
 from workers.ranks.engine.rewrite import rewrite_for_speed
 from workers.ranks.engine.runners import measure_slots
+from workers.ranks.engine.vllm_process import VllmProcess
 from workers.ranks.loading import LoadError, load_tokenizer
 
 
@@ -40,7 +45,9 @@ class ModelKey:
     task: Task
     path: str
     dtype: torch.dtype
+    """``int8``: linear layers alone, the rest in fp32; see :mod:`workers.ranks.engine.quantised`."""
     device: torch.device
+    engine: EngineName
     files: tuple[tuple[str, int, int], ...]
     """Name, size and modification time (ns) of each file of the folder."""
 
@@ -66,6 +73,13 @@ class LoadedModel:
     """For text2text: see :func:`workers.ranks.engine.crossing.measure_crossing`."""
     padded: bool = True
     """Rows of different length get in one pass what each gets alone."""
+    server: VllmProcess | None = None
+    """What computes in place of ``model``, which then is a form without numbers."""
+
+    def close(self) -> None:
+        """It is not used any more."""
+        if self.server is not None:
+            self.server.close()
 
 
 class ModelCache:
@@ -85,6 +99,7 @@ class ModelCache:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        engine: EngineName = "gpuyard",
         budget: int | None = None,
         in_use: Collection[ModelKey] = (),
     ) -> tuple[LoadedModel, bool]:
@@ -97,7 +112,7 @@ class ModelCache:
         Raises:
             ModelNotFound, UnsupportedModel: the folder is gone, or the model cannot do ``task``.
         """
-        key = model_key(task, path, dtype, device)
+        key = model_key(task, path, dtype, device, engine)
         if (found := self._loaded.pop(key, None)) is not None:
             self._loaded[key] = found
             return found, True
@@ -108,7 +123,7 @@ class ModelCache:
                 return self._loaded[key], True
         kin = [found for found in alike if same_base(found.key.task, task)]
         self._make_room(key, budget, {*in_use, *(found.key for found in kin)})
-        self._loaded[key] = _load(key, kin)
+        self._loaded[key] = _load(key, kin) if engine == "gpuyard" else _load_in_vllm(key)
         return self._loaded[key], False
 
     @property
@@ -135,12 +150,13 @@ class ModelCache:
             if key in in_use or (fits and key not in stale):
                 continue
             print(f"model {Path(key.path).name} is unloaded", flush=True)
-            del self._loaded[key]
+            self._loaded.pop(key).close()
             release_unused(key.device)
 
 
 def expected_bytes(key: ModelKey) -> int:
-    """What the weights of a model that is not loaded yet will take, by their files' headers.
+    """What the weights of a model that is not loaded yet will take, by their files' headers. One that is
+    quantised is loaded in fp32 first.
 
     Files that cannot be read count as nothing: loading them says what is wrong.
     """
@@ -155,10 +171,21 @@ def expected_bytes(key: ModelKey) -> int:
                     )
             except (OSError, SafetensorError):
                 continue
-    return numbers * key.dtype.itemsize
+    return numbers * loaded_as(key.dtype).itemsize
 
 
-def model_key(task: Task, path: str, dtype: torch.dtype, device: torch.device) -> ModelKey:
+def loaded_as(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which the weights of a model are read."""
+    return torch.float32 if dtype == torch.int8 else dtype
+
+
+def model_key(
+    task: Task,
+    path: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    engine: EngineName = "gpuyard",
+) -> ModelKey:
     """What a model is known by.
 
     Raises:
@@ -170,7 +197,7 @@ def model_key(task: Task, path: str, dtype: torch.dtype, device: torch.device) -
     except OSError:
         raise ModelNotFound(f"'{path}' is no model folder", param="model") from None
     files = tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in states))
-    return ModelKey(task, path, dtype, device, files)
+    return ModelKey(task, path, dtype, device, engine, files)
 
 
 def _alike(key: ModelKey, other: ModelKey) -> bool:
@@ -191,18 +218,13 @@ def _batches(task: Task, slots: int | None, padded: bool) -> bool:
 def _load(key: ModelKey, kin: Sequence[LoadedModel] = ()) -> LoadedModel:
     """``kin``: models that may have the same base."""
     started = time.monotonic()
-    try:
-        model = load_for_task(key.task, key.path, key.dtype)
+    with _explained():
+        model = load_for_task(key.task, key.path, loaded_as(key.dtype))
         tokenizer = load_tokenizer(key.path)
-    except LoadError as error:
-        if error.code == "model_not_found":
-            raise ModelNotFound(error.message, param="model", hint=error.hint) from error
-        code = "unsupported_model" if error.code == "model_unsuitable" else error.code
-        raise UnsupportedModel(error.message, param="model", hint=error.hint, code=code) from error
     refuse_tokenizer(key.task, key.path, tokenizer)
     rewrite_for_speed(model)
     model.to(key.device)  # type: ignore[arg-type]  # (a decorated method that mypy misreads)
-    weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    weight_bytes = _parameter_bytes(model)
     shares = any(share_base(model, other.model, tokenizer) for other in kin)
     if key.task in ENCODED and key.dtype == torch.float32 and not shares:
         fuse_encoder(model)
@@ -211,6 +233,11 @@ def _load(key: ModelKey, kin: Sequence[LoadedModel] = ()) -> LoadedModel:
     if key.task in SEQ2SEQ:
         cost = measure_crossing(model, tokenizer) or measure_decoder(model, tokenizer)
     padded = cost.batches if cost is not None else same_when_padded(model, tokenizer)
+    if key.dtype == torch.int8:
+        # What the proofs above found is the model's structure, and in fp32 they are sharp.
+        layers = quantise(model)
+        print(f"{layers} linear layers of {Path(key.path).name} are quantised to int8", flush=True)
+        weight_bytes = _parameter_bytes(model) + quantised_bytes(model)
     return LoadedModel(
         key=key,
         model=model,
@@ -224,3 +251,41 @@ def _load(key: ModelKey, kin: Sequence[LoadedModel] = ()) -> LoadedModel:
         cache_cost=cost,
         padded=padded,
     )
+
+
+def _parameter_bytes(model: PreTrainedModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _load_in_vllm(key: ModelKey) -> LoadedModel:
+    started = time.monotonic()
+    with _explained():
+        model = form_of(key.task, key.path)
+        tokenizer = load_tokenizer(key.path)
+    refuse_tokenizer(key.task, key.path, tokenizer)
+    context = context_length(key.task, key.path, model, tokenizer)
+    python = Path(os.environ[VLLM_PYTHON])
+    server = VllmProcess(python, key.path, key.dtype, key.device, context)
+    return LoadedModel(
+        key=key,
+        model=model,
+        tokenizer=tokenizer,
+        seconds=time.monotonic() - started,
+        weight_bytes=expected_bytes(key),
+        context=context,
+        pad_token=pad_token(model, tokenizer),
+        batches=True,
+        server=server,
+    )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What is wrong with a folder, as an error of the job."""
+    try:
+        yield
+    except LoadError as error:
+        if error.code == "model_not_found":
+            raise ModelNotFound(error.message, param="model", hint=error.hint) from error
+        code = "unsupported_model" if error.code == "model_unsuitable" else error.code
+        raise UnsupportedModel(error.message, param="model", hint=error.hint, code=code) from error

@@ -11,10 +11,13 @@ import os
 import time
 import traceback
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from shared.errors import DataError, GpuyardError
+import torch
+
+from shared.errors import DataError, GpuyardError, UnsupportedModel
 from shared.lifecycle import FailureClass
 from shared.messages import (
     Assignment,
@@ -29,15 +32,17 @@ from shared.messages import (
 )
 from workers.channel import Channel, ChannelClosed, ProtocolError
 from workers.ranks.engine.attempt import Attempt, compute_dtype
+from workers.ranks.engine.choosing import choose_engine
 from workers.ranks.engine.device import (
     is_device_lost,
     is_out_of_memory,
     open_device,
     weight_budget,
 )
-from workers.ranks.engine.models import ModelCache
+from workers.ranks.engine.models import LoadedModel, ModelCache
 from workers.ranks.engine.sharing import Computations
 from workers.ranks.engine.signs import Signs
+from workers.ranks.engine.vllm_process import VLLM_FAILED
 
 FINISHED = "finished"
 """The reason of a stop that follows the last shard."""
@@ -131,14 +136,7 @@ class Engine:
         started = time.monotonic()
         device = open_device(assignment.device)
         dtype = compute_dtype(assignment)
-        loaded, warm = self._models.get(
-            assignment.spec.task,
-            assignment.model_path,
-            dtype,
-            device,
-            budget=weight_budget(assignment.device),
-            in_use={model.key for model in self._computations.models},
-        )
+        loaded, warm = self._load(assignment, dtype, device)
         shared = self._computations.join(assignment, loaded)
         self._attempts[assignment.attempt_id] = Attempt(assignment, shared, warm)
         seconds = time.monotonic() - started
@@ -157,6 +155,31 @@ class Engine:
                 models=tuple(self._models.paths),
             )
         )
+
+    def _load(
+        self, assignment: InferAssignment, dtype: torch.dtype, device: torch.device
+    ) -> tuple[LoadedModel, bool]:
+        """The model in the engine that is chosen, and whether it was warm. Where that was ``auto``'s choice and
+        vLLM does not load the model, it is our own."""
+        choice = choose_engine(assignment, os.environ)
+        of = mark(assignment.attempt_id)
+        print(f"{of}engine {choice.name}: {choice.reason}", flush=True)
+        get = partial(
+            self._models.get,
+            assignment.spec.task,
+            assignment.model_path,
+            dtype,
+            device,
+            budget=weight_budget(assignment.device),
+            in_use={model.key for model in self._computations.models},
+        )
+        try:
+            return get(engine=choice.name)
+        except UnsupportedModel as error:
+            if error.code != VLLM_FAILED or assignment.spec.engine != "auto":
+                raise
+            print(f"{of}engine gpuyard: {error.message}", flush=True)
+            return get(engine="gpuyard")
 
     def _feed(self) -> None:
         """Give the computations the rows they want."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from shared.messages import InferAssignment
 from shared.specs import GENERATIVE, OPTIONS_OF_A_TASK, InferSpec
+from workers.ranks.engine.adapters import state_of
 from workers.ranks.engine.computation import Computation, Step
 from workers.ranks.engine.models import LoadedModel
 from workers.ranks.engine.tasks import choose_computation
@@ -45,7 +47,11 @@ class Computations:
         Raises:
             UnsupportedModel: the model cannot do what the spec asks of it.
         """
-        key = (loaded.key, _particular(assignment.spec))
+        adapter = assignment.adapter_path and (
+            assignment.adapter_path,
+            state_of(Path(assignment.adapter_path)),
+        )
+        key = (loaded.key, adapter, _particular(assignment.spec))
         shared = self._shared.get(key)
         if shared is None:
             computation = choose_computation(assignment, loaded)

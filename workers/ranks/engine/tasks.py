@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from shared.messages import InferAssignment
 from shared.specs import Embedding
+from workers.ranks.engine.adapters import Adapted, Adapter
 from workers.ranks.engine.classification import Classification
 from workers.ranks.engine.computation import Computation
 from workers.ranks.engine.device import cache_budget
@@ -18,6 +21,7 @@ from workers.ranks.engine.runners import choose_runner
 from workers.ranks.engine.scoring import Scoring, ScoringEncoder
 from workers.ranks.engine.tagging import Tagging
 from workers.ranks.engine.text2text import TextToText
+from workers.ranks.engine.vllm_generation import VllmGeneration
 from workers.ranks.engine.words import WordEncoder
 
 
@@ -41,6 +45,13 @@ def choose_computation(assignment: InferAssignment, loaded: LoadedModel) -> Comp
     Raises:
         UnsupportedModel: the model cannot do what the spec asks of it.
     """
+    computation = _of_the_task(assignment, loaded)
+    if assignment.adapter_path is None:
+        return computation
+    return Adapted(computation, Adapter(Path(assignment.adapter_path), loaded.model))
+
+
+def _of_the_task(assignment: InferAssignment, loaded: LoadedModel) -> Computation:
     spec = assignment.spec
     budget = cache_budget(assignment.device, loaded.weight_bytes)
     match spec.task:
@@ -60,6 +71,8 @@ def choose_computation(assignment: InferAssignment, loaded: LoadedModel) -> Comp
             slots = loaded.cache_cost is not None and loaded.cache_cost.slots
             way = TextToText if slots else TextInGroups
             return way(loaded, cache_bytes=budget)
+        case "text-generation" if loaded.server is not None:
+            return VllmGeneration(loaded, loaded.server)
         case "text-generation":
             runner = choose_runner(loaded.model, loaded.slot_bytes_per_position)
             return TextGeneration(loaded, runner, budget)
