@@ -32,9 +32,13 @@ def load(task: Any, path: Path, dtype: torch.dtype = torch.int8) -> LoadedModel:
 
 @pytest.mark.parametrize("outputs", [160, 30_000])
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_layer_is_the_product_of_its_codes(bias, outputs):
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_layer_is_the_product_of_its_codes(bias, outputs, turned):
+    """However its weight lies in memory."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(96, outputs, bias=bias)
+    if turned:
+        linear.weight.data = linear.weight.data.t().contiguous().t()
     inputs = torch.randn(2, 7, 96) * torch.logspace(-3, 3, 7)[None, :, None]
     inputs[1, 3] = 0
     with torch.inference_mode():

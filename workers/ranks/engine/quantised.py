@@ -41,6 +41,8 @@ class QuantisedLinear(torch.nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         largest = linear.weight.abs().amax(1).clamp_min(_TINY)
         codes = (linear.weight * (_LARGEST / largest)[:, None]).round_().to(torch.int8)
+        # A weight may lie the other way round in memory, as the fp32 kernels like it better: not its codes.
+        codes = codes.contiguous()
         # By its usual name: some models of Transformers look at the type of a layer's weight.
         self.weight = _pack(codes)
         """As oneDNN lays it out for its own kernels: opaque."""
