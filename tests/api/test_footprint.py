@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scheduler.footprint import (
+    ROWS_WITH_ROOM,
     ModelShape,
     inference_bytes,
     infers_in_bf16,
@@ -178,6 +179,8 @@ def test_more_is_never_less(rows: int, longest: int | None, limit: int | None) -
 
     now, more = needs(rows, longest), needs(rows + 1, longest)
     assert more[0] > now[0] > 16 * MINILM.parameters
-    assert more[1] > now[1] > 4 * MINILM.parameters
+    # Beyond so many rows the engine takes what there is room for.
+    assert more[1] > now[1] if rows < ROWS_WITH_ROOM else more[1] == now[1]
+    assert now[1] > 4 * MINILM.parameters
     unknown = needs(rows, None)
     assert unknown[0] >= now[0] and unknown[1] >= now[1]
