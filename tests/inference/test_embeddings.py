@@ -171,7 +171,7 @@ def test_a_model_that_padding_changes_is_computed_row_by_row(engine, models_dir)
     )
     expected = vectors(folder, TEXTS[:8], "mean")
     torch.testing.assert_close(found(outcome), expected, atol=1e-5, rtol=1e-5)
-    assert "they go one by one" in engine.log.read_text()
+    assert "rows go one by one" in engine.log.read_text()
 
 
 def test_models_that_are_no_encoders_are_refused(engine, llama, models_dir):

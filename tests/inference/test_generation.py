@@ -82,7 +82,7 @@ def test_a_model_that_cannot_use_slots_is_computed_row_by_row(engine, models_dir
     prompts = MIXED[:5]
     outcome = engine.run(model, [{"prompt": p} for p in prompts], generation={"max_new_tokens": 8})
     assert outcome.texts == [e["text"] for e in reference(model, prompts, 8)]
-    assert "they go one by one" in engine.log.read_text()
+    assert "rows go one by one" in engine.log.read_text()
 
 
 def test_sampled_text_belongs_to_the_row(engine, llama):
