@@ -106,7 +106,7 @@ class _Round:
             self.taken.update(d.id for d in chosen)
             if job.shares:
                 self._note_tenant(job, chosen[0])
-            return self._placement(needs, chosen, len(free), warm=warm is not None)
+            return self._placement(needs, chosen, free, warm=warm is not None)
         return self._join(job, options) or self._wait(needs, options)
 
     def _warm(
@@ -183,7 +183,12 @@ class _Round:
         return device.busy or device.id in self.taken
 
     def _placement(
-        self, needs: Requirements, chosen: Sequence[DeviceState], free: int, *, warm: bool
+        self,
+        needs: Requirements,
+        chosen: Sequence[DeviceState],
+        free: Sequence[DeviceState],
+        *,
+        warm: bool,
     ) -> Placement:
         names = sorted({_class_of(d) for d in chosen})
         where = f"{' and '.join(name for _, _, name in names)}, the least capable that fits"
@@ -192,10 +197,12 @@ class _Round:
             where += ", on one host" if hosts == 1 else f", over {hosts} hosts"
         if needs.world_sizes:
             size, most = len(chosen), needs.world_sizes[-1]
-            where = f"{size} of {needs.devices} to {most} devices, {free} being free; {where}"
+            where = f"{size} of {needs.devices} to {most} devices, {len(free)} being free; {where}"
         if warm:
             where += ", which has the model warm"
-        any_of_class = len(chosen) == 1 and not warm
+        # Of the devices that are free another one, which is cold, could take the hint of a class.
+        others = any(d not in chosen and _class_of(d) == _class_of(chosen[0]) for d in free)
+        any_of_class = len(chosen) == 1 and not (warm and others)
         return Placement(
             devices=tuple(d.id for d in chosen),
             queues=tuple(self._queue(needs, d, alone=any_of_class) for d in chosen),

@@ -31,7 +31,10 @@ def kill_rank(stack: StackProcess, job_id: str, chance: random.Random) -> str:
         )
         return _kill(chance.choice(ranks))
     device = eventually(
-        lambda: next((d.id for d in stack.client.devices() if d.job_id == job_id), None),
+        lambda: next(
+            (d.id for d in stack.client.devices() if any(run.job_id == job_id for run in d.runs)),
+            None,
+        ),
         within=30,
         what=f"a device that runs {job_id}",
     )
@@ -51,7 +54,7 @@ def kill_worker(stack: StackProcess, job_id: str, chance: random.Random) -> str:
     """The Celery worker process of a device that runs the job."""
 
     def running() -> list[str]:
-        return [d.id for d in stack.client.devices() if d.job_id == job_id]
+        return [d.id for d in stack.client.devices() if any(run.job_id == job_id for run in d.runs)]
 
     device = chance.choice(eventually(running, within=30, what=f"devices that run {job_id}"))
     workers = [w for w in stack.client.workers() if w.device_id == device and not w.ended_at]

@@ -55,6 +55,11 @@ def test_a_free_device_comes_first_the_warm_one_before_others() -> None:
     assert [p.shared for p in (first, second, third)] == [False, False, True]
 
 
+def test_a_warm_device_is_hinted_by_its_class_where_no_other_could_take_it() -> None:
+    warm, busy = device("cpu0@a", warm=("tiny",)), device("cpu1@a", busy=True)
+    assert place([warm, busy], [batch("b")]).placements["b"].queues == ("cpu",)
+
+
 def test_a_warm_device_is_no_reason_to_take_a_rare_one() -> None:
     devices = [fleet("1xA100-80GB", warm=("tiny",))[0], fleet("1xT4-16GB")[0]]
     assert chosen(devices, batch("b")) == {"b": "t4-0@a"}
