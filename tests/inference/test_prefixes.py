@@ -226,3 +226,19 @@ def test_what_is_common_is_a_beginning_of_both(left, right, same):
         assert left[found] != right[found]
     if not found:
         assert left[:LEAST] != right[:LEAST] or len(right) <= LEAST or len(left) < LEAST
+
+
+def test_a_row_that_fails_gives_back_the_places_of_all_its_texts(engine, llama):
+    """Of several texts one fails: the others are dropped, and count no more against their job."""
+    loaded = load(llama)
+    prompts = encoded(loaded, ["a cat sat"] * 4, temperature=0.9, n=3, max_new_tokens=20)
+    computation = TextGeneration(loaded, Counting(loaded), 1 << 30)
+    computation.join("", 6)
+    computation.add(prompts)
+    computation.step()
+    failed = computation.active[0].answer
+    assert sum(row.answer is failed for row in computation.active) > 1
+    computation._fail(failed, "invalid_generation", "for the test")
+    found = finish(computation)
+    assert sorted(found) == [0, 1, 2, 3]
+    assert computation.turns.inside("") == 0

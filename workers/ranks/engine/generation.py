@@ -64,7 +64,10 @@ class TextGeneration(Generating):
 
     def advance(self) -> dict[str, int]:
         """Admit rows, then generate one token for each active row."""
-        self._free({place for place, row in enumerate(self._active) if row.answer.closed})
+        closed = {place for place, row in enumerate(self._active) if row.answer.closed}
+        for place in closed:
+            self.turns.done(self._active[place])
+        self._free(closed)
         tokens: Counter[str] = Counter()
         if admitted := self._admit():
             first = len(self._active)
