@@ -16,11 +16,13 @@ import torch
 from shared.messages import DeviceHandle, InferAssignment
 from shared.rows import cut_into_shards
 from shared.specs import InferSpec
-from workers.ranks.engine.attempt import Attempt
+from workers.ranks.engine.attempt import Attempt, compute_dtype
 from workers.ranks.engine.models import ModelCache
 from workers.ranks.engine.sharing import Computations
 
 T = TypeVar("T")
+Answers = list[tuple[int, str]]
+"""Of each request: how many tokens were generated, and the text."""
 
 
 def compute(
@@ -41,8 +43,8 @@ def compute(
             model_path=str(folder),
             input_path=file.name,
         )
-        device = torch.device("cpu")
-        loaded, warm = cache.get(assignment.spec.task, str(folder), torch.float32, device)
+        device, dtype = torch.device("cpu"), compute_dtype(assignment)
+        loaded, warm = cache.get(assignment.spec.task, str(folder), dtype, device)
         computations = Computations()
         shared = computations.join(assignment, loaded)
         attempt = Attempt(assignment, shared, warm)
@@ -65,3 +67,20 @@ def timed(run: Callable[[], T]) -> tuple[T, float, float]:
     with contextlib.redirect_stdout(io.StringIO()):
         found = run()
     return found, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def measure(name: str, run: Callable[[], Answers], reference: Answers | None) -> dict[str, Any]:
+    """A row of a table of engines that write text. ``reference``: answers to be compared with."""
+    answers, wall, cpu = timed(run)
+    tokens = sum(count for count, _ in answers)
+    same = (
+        None if reference is None else sum(a == b for a, b in zip(answers, reference, strict=True))
+    )
+    return {
+        "engine": name,
+        "seconds": round(wall, 2),
+        "tokens_per_second": round(tokens / wall, 1),
+        "tokens_per_cpu_second": round(tokens / cpu, 1),
+        "identical": same,
+        "answers": answers,
+    }

@@ -18,8 +18,7 @@ import json
 import random
 import sysconfig
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,20 +35,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from shared.messages import DeviceHandle, InferAssignment
-from shared.rows import cut_into_shards
-from shared.specs import InferSpec
-from workers.ranks.engine.attempt import Attempt
+from benchmarks.attempts import Answers, compute, measure
 from workers.ranks.engine.models import ModelCache
-from workers.ranks.engine.sharing import Computations
 
 MAX_NEW_TOKENS = 128
 VOCABULARY = 8192
 END_TOKENS = [1, *range(60, VOCABULARY, 55)]
 """Enough of them for answers of all lengths from a model that means nothing."""
-
-Answers = list[tuple[int, str]]
-"""Of each request: how many tokens were generated, and the text."""
 
 
 def make_model(kind: str, folder: Path) -> list[str]:
@@ -116,64 +108,14 @@ def with_generate(model: Any, tokenizer: Any, prompts: list[str], batch: int) ->
 
 
 def with_engine(
-    cache: ModelCache,
-    folder: Path,
-    prompts: list[str],
-    slots: int,
-    dtype: torch.dtype = torch.float32,
+    cache: ModelCache, folder: Path, prompts: list[str], slots: int, precision: str = "fp32"
 ) -> Answers:
     """Ours: an attempt with all its shards ordered."""
-    threads = torch.get_num_threads()
-    with tempfile.NamedTemporaryFile("w", suffix=".jsonl") as file:
-        file.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-        file.flush()
-        generation: Any = {"max_new_tokens": MAX_NEW_TOKENS}
-        assignment = InferAssignment(
-            job_id="bench",
-            attempt_id="bench",
-            attempt=1,
-            token=1,
-            device=DeviceHandle(id="cpu0", kind="cpu", memory_bytes=8 << 30, threads=threads),
-            spec=InferSpec(
-                model="bench", task="text-generation", input=file.name, batch_size=slots,
-                generation=generation,
-            ),
-            model_path=str(folder),
-            input_path=file.name,
-        )  # fmt: skip
-        loaded, warm = cache.get("text-generation", str(folder), dtype, torch.device("cpu"))
-        computations = Computations()
-        shared = computations.join(assignment, loaded)
-        attempt = Attempt(assignment, shared, warm)
-        attempt.order(tuple(cut_into_shards(Path(file.name), 64)))
-        shards = []
-        while attempt.busy:
-            shards += attempt.feed()
-            step, seconds = shared.step()
-            results = [answered.result for answered in step.results]
-            shards += attempt.take(results, step.tokens.get(attempt.id, 0), seconds)
-        computations.leave(shared, attempt.id)
-    rows = [row for shard in sorted(shards, key=lambda s: s.index) for row in shard.results]
-    return [(row["usage"]["output_tokens"], row["output"]["text"]) for row in rows]
-
-
-def measure(name: str, run: Callable[[], Answers], reference: Answers | None) -> dict[str, Any]:
-    wall, cpu = time.perf_counter(), time.process_time()
-    with contextlib.redirect_stdout(io.StringIO()):
-        answers = run()
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    tokens = sum(count for count, _ in answers)
-    same = (
-        None if reference is None else sum(a == b for a, b in zip(answers, reference, strict=True))
-    )
-    return {
-        "engine": name,
-        "seconds": round(wall, 2),
-        "tokens_per_second": round(tokens / wall, 1),
-        "tokens_per_cpu_second": round(tokens / cpu, 1),
-        "identical": same,
-        "answers": answers,
-    }
+    results = compute(
+        cache, folder, [{"prompt": prompt} for prompt in prompts], task="text-generation",
+        batch_size=slots, generation={"max_new_tokens": MAX_NEW_TOKENS}, precision=precision,
+    )  # fmt: skip
+    return [(row["usage"]["output_tokens"], row["output"]["text"]) for row in results]
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -207,11 +149,11 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
         cache = ModelCache()
         with contextlib.redirect_stdout(io.StringIO()):
             with_generate(model, tokenizer, prompts[:2], 1)
-            for dtype in (torch.float32, torch.int8):
-                with_engine(cache, folder, prompts[:2], 2, dtype)
+            for precision in ("fp32", "int8"):
+                with_engine(cache, folder, prompts[:2], 2, precision)
 
-        def ours(slots: int, dtype: torch.dtype = torch.float32) -> Answers:
-            return with_engine(cache, folder, prompts, slots, dtype)
+        def ours(slots: int, precision: str = "fp32") -> Answers:
+            return with_engine(cache, folder, prompts, slots, precision)
 
         def theirs(batch: int) -> Answers:
             return with_generate(model, tokenizer, prompts, batch)
@@ -224,7 +166,7 @@ def bench(args: argparse.Namespace) -> dict[str, Any]:
             for slots in args.slots
         ]
         rows += [
-            measure(f"gpuyard int8, {slots} slots", partial(ours, slots, torch.int8), reference)
+            measure(f"gpuyard int8, {slots} slots", partial(ours, slots, "int8"), reference)
             for slots in args.slots
         ]
     tokens = [count for count, _ in reference]

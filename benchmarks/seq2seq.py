@@ -18,7 +18,7 @@ import json
 import random
 import sysconfig
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from benchmarks.attempts import compute, timed
+from benchmarks.attempts import Answers, compute, measure, timed
 from workers.ranks.engine.models import ModelCache
 
 MAX_NEW_TOKENS = 128
@@ -44,9 +44,6 @@ START = 2
 END_TOKENS = [1, *range(60, VOCABULARY, 25)]
 """Enough of them for answers of all lengths from a model that means nothing."""
 SIZES = {"t5": "T5-small's size", "bart": "BART-base's size"}
-
-Answers = list[tuple[int, str]]
-"""Of each request: how many tokens were generated, and the text."""
 
 
 def make_model(kind: str, folder: Path) -> list[str]:
@@ -146,22 +143,6 @@ def with_engine(cache: ModelCache, folder: Path, sources: list[str], slots: int)
         batch_size=slots, generation={"max_new_tokens": MAX_NEW_TOKENS},
     )  # fmt: skip
     return [(row["usage"]["output_tokens"], row["output"]["text"]) for row in results]
-
-
-def measure(name: str, run: Callable[[], Answers], reference: Answers | None) -> dict[str, Any]:
-    answers, wall, cpu = timed(run)
-    tokens = sum(count for count, _ in answers)
-    same = (
-        None if reference is None else sum(a == b for a, b in zip(answers, reference, strict=True))
-    )
-    return {
-        "engine": name,
-        "seconds": round(wall, 2),
-        "tokens_per_second": round(tokens / wall, 1),
-        "tokens_per_cpu_second": round(tokens / cpu, 1),
-        "identical": same,
-        "answers": answers,
-    }
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
